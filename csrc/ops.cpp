@@ -1,0 +1,60 @@
+// The page of schemas: one m.def per op, and the pybind11 module fastdiff._C.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "cpu/level.h"
+
+TORCH_LIBRARY(fastdiff, m) {
+  // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. -> out [B,H,A,D], lse [B,H,A]
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? query_group, "
+      "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index) -> (Tensor, Tensor)");
+  // x [B,N,D]; shift, scale [B,D] or [B,N,D]; weight, bias [D]
+  m.def(
+      "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+      "float eps, bool rms) -> Tensor");
+  m.def("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
+  // -> (x + gate * y, modulate(norm(x + gate * y)))
+  m.def(
+      "gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor)");
+  // x [B,C,...], contiguous or channels_last; shift, scale [B,C]
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "
+      "Tensor? scale, float eps, bool silu) -> Tensor");
+  m.def("geglu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
+  m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
+  // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
+      "Tensor? position, float eps, bool interleaved) -> (Tensor, Tensor)");
+}
+
+namespace {
+const char* level_name(fastdiff::Level level) {
+  switch (level) {
+    case fastdiff::Level::kAvx2: return "avx2";
+    case fastdiff::Level::kAvx512: return "avx512";
+    case fastdiff::Level::kAvx512Bf16: return "avx512_bf16";
+    default: return "none";
+  }
+}
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native library of fastdiff: registers torch.ops.fastdiff.* and selects the CPU level.";
+  m.def("cpu_level", [] { return std::string(level_name(fastdiff::current_level())); });
+  m.def("cpu_levels", [] {
+    pybind11::list levels;
+    for (int i = 1; i <= int(fastdiff::detected_level()); ++i)
+      levels.append(level_name(fastdiff::Level(i)));
+    return levels;
+  });
+  m.def("set_cpu_level", [](const std::string& name) {
+    for (int i = 1; i <= int(fastdiff::detected_level()); ++i)
+      if (name == level_name(fastdiff::Level(i))) return fastdiff::set_level(fastdiff::Level(i));
+    throw pybind11::value_error("set_cpu_level: '" + name + "' is not a level of this processor");
+  });
+}

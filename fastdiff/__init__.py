@@ -1,0 +1,19 @@
+"""fastdiff: kernels, policies and an engine that make diffusion models sample and fine-tune fast."""
+
+from fastdiff import ops
+from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
+from fastdiff._version import __version__
+from fastdiff.dispatch import Impl, NoImpl, explain, record, use
+
+__all__ = [
+    "Impl",
+    "NoImpl",
+    "__version__",
+    "cpu_level",
+    "cpu_levels",
+    "explain",
+    "ops",
+    "record",
+    "set_cpu_level",
+    "use",
+]

@@ -1,0 +1,74 @@
+"""Loading of the compiled extension, and the parts of ``why_not`` that all native rows share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+try:
+    from fastdiff import _C
+
+    load_error: str | None = None
+except ImportError as error:  # never fatal: every op has a reference row
+    _C = None  # type: ignore[assignment]
+    load_error = f"fastdiff._C does not load: {error}"
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py built: extension, levels, CUDA, torch version, environment."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {"extension": "not built"}
+
+
+def cpu_levels() -> list[str]:
+    """Instruction-set levels that this processor and this build have, lowest first."""
+    return [] if _C is None else list(_C.cpu_levels())
+
+
+def cpu_level() -> str:
+    """The level in use: the processor's, lowered by FASTDIFF_CPU or :func:`set_cpu_level`."""
+    return "none" if _C is None else str(_C.cpu_level())
+
+
+def set_cpu_level(name: str) -> None:
+    """Process-wide override for tests; raises ValueError for a level this processor lacks."""
+    if _C is None:
+        raise RuntimeError(f"set_cpu_level: {load_error}")
+    _C.set_cpu_level(name)
+
+
+def native(op: str) -> Callable[..., Any]:
+    """``torch.ops.fastdiff.<op>`` where the extension is loaded, else a function that says why not."""
+    if _C is not None:
+        return getattr(torch.ops.fastdiff, op).default
+
+    def missing(*_: Any) -> Any:
+        raise RuntimeError(load_error)
+
+    return missing
+
+
+def why_not_native(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """None where the extension is loaded and every tensor is on the CPU in a dtype of ``dtypes``."""
+    if _C is None:
+        return load_error
+    if _levels_missing:
+        return "native kernels need AVX2, FMA and F16C, which this processor lacks"
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"a tensor is on {t.device}; native kernels are for the cpu"
+        if t.dtype not in dtypes:
+            return f"dtype {t.dtype} is not one of {', '.join(map(str, dtypes))}"
+    return None
+
+
+_levels_missing = _C is not None and not cpu_levels()

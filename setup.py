@@ -1,0 +1,164 @@
+"""Build fastdiff._C: one extension, its CPU kernels compiled once per instruction set.
+
+``csrc/ops.cpp`` and ``csrc/cpu/<op>.cpp`` are host code (torch headers, baseline flags);
+``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
+of ``LEVELS`` into its own namespace, so that the linker can never merge code of two levels.
+
+Environment: ``FASTDIFF_CUDA`` 0|1 (default: 1 where nvcc and CUDA sources exist),
+``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``FASTDIFF_SANITIZE`` ("address,undefined"),
+``FASTDIFF_NO_EXT`` 1 (pure Python install on the reference rows).
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent.resolve()
+os.chdir(HERE)
+
+LEVELS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl".split(),
+    "avx512_bf16": (
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16"
+    ).split(),
+}
+
+
+def say(*words):
+    print("fastdiff:", *words, file=sys.stderr, flush=True)
+
+
+def build_flags():
+    flags = ["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    links = ["-fopenmp"]
+    sanitize = os.environ.get("FASTDIFF_SANITIZE")
+    if sanitize:
+        extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        flags += [*extra, "-g1"]
+        links += extra
+    return flags, links
+
+
+def no_extension_reason():
+    if os.environ.get("FASTDIFF_NO_EXT") == "1":
+        return "FASTDIFF_NO_EXT=1"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"no native kernels for {platform.machine()} yet"
+    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
+        return "no C++ compiler (g++) on PATH"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return (
+            "torch is not importable in the build environment; install torch first and "
+            "pass --no-build-isolation"
+        )
+    return None
+
+
+def cuda_request():
+    """(nvcc or None, sentence): what FASTDIFF_CUDA and the machine ask for."""
+    want, nvcc = os.environ.get("FASTDIFF_CUDA"), shutil.which("nvcc")
+    if want not in (None, "0", "1"):
+        raise SystemExit(f"fastdiff: FASTDIFF_CUDA={want!r}: must be 0 or 1")
+    sources = sorted(HERE.glob("csrc/cuda/*.cu"))
+    if want == "0":
+        return None, "CUDA off (FASTDIFF_CUDA=0)"
+    if want == "1" and not nvcc:
+        raise SystemExit("fastdiff: FASTDIFF_CUDA=1 but nvcc is not on PATH")
+    if not nvcc:
+        return None, "CUDA off (no nvcc on PATH)"
+    if not sources:
+        return None, "CUDA off (this version has no CUDA sources; GPU rows are Triton)"
+    return nvcc, f"CUDA on ({nvcc}, {os.environ.get('TORCH_CUDA_ARCH_LIST', 'default archs')})"
+
+
+def extension():
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    flags, links = build_flags()
+
+    class Build(BuildExtension):
+        """Adds one compile of every ``*_kernel.cpp`` per instruction set, all through ninja."""
+
+        def build_extensions(self):
+            ext = self.extensions[0]
+            # One wrapper per (kernel, level) names the level; ninja then builds all in parallel.
+            for level, isa in LEVELS.items():
+                ext.extra_objects += self.compile_level(ext, level, isa)
+            super().build_extensions()
+
+        def compile_level(self, ext, level, isa):
+            from concurrent.futures import ThreadPoolExecutor
+
+            out = Path(self.build_temp).resolve() / level
+            out.mkdir(parents=True, exist_ok=True)
+            cxx = os.environ.get("CXX", "g++")
+            heads = max(p.stat().st_mtime for p in HERE.glob("csrc/cpu/*.h"))
+
+            def one(source):
+                obj = out / (source.stem + ".o")
+                stamp = max(heads, source.stat().st_mtime)
+                if not self.force and obj.exists() and obj.stat().st_mtime > stamp:
+                    return str(obj)
+                command = [cxx, *flags, *isa, "-fPIC", "-fvisibility=hidden"]
+                command += [f"-DFASTDIFF_LEVEL={level}", f"-I{HERE / 'csrc'}"]
+                self.spawn([*command, "-c", str(source), "-o", str(obj)])
+                return str(obj)
+
+            jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+            with ThreadPoolExecutor(jobs) as pool:
+                return list(pool.map(one, sorted(HERE.glob("csrc/cpu/*_kernel.cpp"))))
+
+    host = ["csrc/ops.cpp"]
+    host += [
+        str(p.relative_to(HERE))
+        for p in sorted(HERE.glob("csrc/cpu/*.cpp"))
+        if not p.stem.endswith("_kernel")
+    ]
+    ext = CppExtension(
+        "fastdiff._C",
+        host,
+        include_dirs=[str(HERE / "csrc")],
+        extra_compile_args=[*flags, "-fvisibility=hidden"],
+        extra_link_args=links,
+        depends=[str(p.relative_to(HERE)) for p in sorted(HERE.glob("csrc/**/*")) if p.is_file()],
+    )
+    return [ext], {"build_ext": Build}
+
+
+reason = no_extension_reason()
+exts, commands, cuda = [], {}, "CUDA off"
+if reason is None:
+    nvcc, cuda = cuda_request()
+    exts, commands = extension()
+    say(f"building _C for {', '.join(LEVELS)}; {cuda}; sanitize={os.environ.get('FASTDIFF_SANITIZE')}")
+else:
+    say(f"building no extension: {reason}. Every op will run on its reference row.")
+record = {"extension": reason or "built", "levels": list(LEVELS) if not reason else [], "cuda": cuda}
+record |= {k: os.environ[k] for k in ("FASTDIFF_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "FASTDIFF_SANITIZE") if k in os.environ}
+if not reason:
+    import torch
+
+    record["torch"] = torch.__version__
+(HERE / "fastdiff" / "_build_info.json").write_text(json.dumps(record, indent=1) + "\n")
+
+packages = ["fastdiff", "fastdiff.kernels"]
+packages += [
+    "fastdiff." + str(p.parent.relative_to(HERE / "fastdiff")).replace("/", ".")
+    for p in sorted((HERE / "fastdiff").rglob("__init__.py"))
+    if p.parent not in (HERE / "fastdiff", HERE / "fastdiff" / "kernels")
+]
+setup(
+    packages=packages,
+    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+    package_data={"fastdiff": ["py.typed", "_build_info.json", "checkpoints/*"]},
+    ext_modules=exts,
+    cmdclass=commands,
+)
