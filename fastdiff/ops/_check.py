@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,3 +72,18 @@ def check_index(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> N
         raise ValueError(f"{op}: {name} is {t.dtype}, need torch.int64")
     if t.device != x.device:
         raise ValueError(f"{op}: {name} is on {t.device}, need {x.device}, the device of {other}")
+
+
+def check_range(op: str, name: str, t: Tensor, low: int, high: int) -> None:
+    """Every value of the int64 tensor ``t`` lies in ``[low, high)``.
+
+    For reference rows. Looks at values, so only where they exist and cost no sync: not under
+    torch.compile, not on fake or meta tensors, not on a GPU (whose gathers assert on their own).
+    """
+    if torch.compiler.is_compiling() or isinstance(t, FakeTensor) or t.device.type != "cpu":
+        return
+    if t.numel():
+        least, most = (int(x) for x in t.aminmax())
+        if least < low or most >= high:
+            bad = least if least < low else most
+            raise ValueError(f"{op}: {name} has value {bad}, need {low} to {high - 1}")
