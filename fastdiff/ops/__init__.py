@@ -2,5 +2,19 @@
 
 from fastdiff.ops.attention import GroupBias, attention
 from fastdiff.ops.gelu_tanh import gelu_tanh
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.layer_norm_modulate import (
+    gate_residual,
+    gate_residual_norm_modulate,
+    layer_norm_modulate,
+)
 
-__all__ = ["GroupBias", "attention", "gelu_tanh"]
+__all__ = [
+    "GroupBias",
+    "attention",
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "gelu_tanh",
+    "group_norm_silu",
+    "layer_norm_modulate",
+]

@@ -1,0 +1,237 @@
+r"""The norms of a DiT block (Peebles & Xie 2023, arXiv:2212.09748, adaLN-Zero; LayerNorm: Ba et al.
+2016, arXiv:1607.06450; RMS: Zhang & Sennrich 2019, arXiv:1910.07467), alone and as one chain.
+
+    r = x + gate y                                                      gate_residual
+    h = (r - mean_d r) / sqrt(var_d r + eps)      or   r / sqrt(mean_d r^2 + eps)  with rms
+    m = (h weight + bias) (1 + scale) + shift                           layer_norm_modulate, of x for r
+
+``gate_residual_norm_modulate`` gives (r, m); m is that of r before its rounding to the output's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.dispatch import Impl, always, pick
+from fastdiff.ops._check import (
+    check_finite,
+    check_last,
+    check_like,
+    check_shape,
+    check_tensor,
+    wide,
+)
+
+
+def _tokens(m: Tensor) -> Tensor:
+    """A modulation ``[B, D]`` or ``[B, N, D]``, widened, so that it broadcasts over ``[B, N, D]``."""
+    return wide(m).unsqueeze(1) if m.dim() == 2 else wide(m)
+
+
+def _norm_modulate(
+    r: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    w = None if weight is None else wide(weight)
+    b = None if bias is None else wide(bias)
+    if rms:
+        m = F.rms_norm(r, r.shape[-1:], w, eps)
+        m = m if b is None else m + b
+    else:
+        m = F.layer_norm(r, r.shape[-1:], w, b, eps)
+    if scale is not None:
+        m = m * (1 + _tokens(scale))
+    return m if shift is None else m + _tokens(shift)
+
+
+def layer_norm_modulate_ref(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    """The specification: float32 inside (float64 for float64 input), one rounding at the end."""
+    return _norm_modulate(wide(x), shift, scale, weight, bias, eps, rms).to(x.dtype)
+
+
+def gate_residual_ref(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """The specification: float32 inside (float64 for float64 input), one rounding at the end."""
+    return (wide(x) + _tokens(gate) * wide(y)).to(x.dtype)
+
+
+def gate_residual_norm_modulate_ref(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """The specification: float32 inside (float64 for float64 input), one rounding per output."""
+    r = wide(x) + _tokens(gate) * wide(y)
+    m = _norm_modulate(r, shift, scale, weight, bias, eps, rms)
+    return r.to(x.dtype), m.to(x.dtype)
+
+
+LAYER_NORM_MODULATE = (Impl("ref", layer_norm_modulate_ref, always),)
+GATE_RESIDUAL = (Impl("ref", gate_residual_ref, always),)
+GATE_RESIDUAL_NORM_MODULATE = (Impl("ref", gate_residual_norm_modulate_ref, always),)
+
+
+def _check_modulation(op: str, x: Tensor, **modulations: Tensor | None) -> None:
+    B, N, D = x.shape
+    for name, m in modulations.items():
+        if m is not None:
+            check_like(op, name, m, x)
+            check_shape(op, name, m, (B, D), (B, N, D))
+
+
+def _check_norm(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    for name, w in (("weight", weight), ("bias", bias)):
+        if w is not None:
+            check_like(op, name, w, x)
+            check_last(op, name, w, x)
+    check_finite(op, "eps", eps, positive=True)
+
+
+def _norm_row_args(x, shift=None, scale=None, *, weight=None, bias=None, eps=1e-6, rms=False):
+    """Check the public arguments and give those of a row."""
+    op = "layer_norm_modulate"
+    check_tensor(op, "x", x, dim=3)
+    _check_modulation(op, x, shift=shift, scale=scale)
+    _check_norm(op, x, weight, bias, eps)
+    return x, shift, scale, weight, bias, float(eps), bool(rms)
+
+
+def _check_residual(op: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
+    check_tensor(op, "x", x, dim=3)
+    check_like(op, "y", y, x)
+    check_shape(op, "y", y, x.shape)
+    _check_modulation(op, x, gate=gate)
+
+
+def _gate_row_args(x, y, gate):
+    """Check the public arguments and give those of a row."""
+    _check_residual("gate_residual", x, y, gate)
+    return x, y, gate
+
+
+def _chain_row_args(
+    x, y, gate, shift=None, scale=None, *, weight=None, bias=None, eps=1e-6, rms=False
+):
+    """Check the public arguments and give those of a row."""
+    op = "gate_residual_norm_modulate"
+    _check_residual(op, x, y, gate)
+    _check_modulation(op, x, shift=shift, scale=scale)
+    _check_norm(op, x, weight, bias, eps)
+    return x, y, gate, shift, scale, weight, bias, float(eps), bool(rms)
+
+
+TABLES = {
+    "layer_norm_modulate": (LAYER_NORM_MODULATE, _norm_row_args),
+    "gate_residual": (GATE_RESIDUAL, _gate_row_args),
+    "gate_residual_norm_modulate": (GATE_RESIDUAL_NORM_MODULATE, _chain_row_args),
+}
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Normalise the last dimension of ``x``, then modulate: ``norm(x) * (1 + scale) + shift``.
+
+    Args:
+        x: ``[B, N, D]``; float16, bfloat16 or float32 (float64 on the reference row).
+        shift, scale: ``[B, D]`` (one per sample) or ``[B, N, D]`` (one per token), dtype and device
+            of ``x``; None for 0. Chunks of one wider projection are taken without a copy.
+        weight, bias: ``[D]``, the norm's own affine map; None for 1 and 0.
+        eps: added to the variance (mean square with ``rms``), so in units of ``x**2``; above 0.
+        rms: divide by the root mean square and subtract no mean.
+        impl: row of the table to force; None takes the first that accepts.
+
+    Returns:
+        ``[B, N, D]``, dtype and device of ``x``, contiguous; never a view of it.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    args = _norm_row_args(x, shift, scale, weight=weight, bias=bias, eps=eps, rms=rms)
+    return pick("layer_norm_modulate", LAYER_NORM_MODULATE, impl, *args)(*args)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str | None = None) -> Tensor:
+    """``x + gate * y``: the end of a DiT block's branch.
+
+    Args:
+        x, y: ``[B, N, D]``; float16, bfloat16 or float32 (float64 on the reference row).
+        gate: ``[B, D]`` (one per sample) or ``[B, N, D]`` (one per token), dtype and device of ``x``.
+        impl: row of the table to force; None takes the first that accepts.
+
+    Returns:
+        ``[B, N, D]``, dtype and device of ``x``, contiguous; never a view of an input.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    args = _gate_row_args(x, y, gate)
+    return pick("gate_residual", GATE_RESIDUAL, impl, *args)(*args)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """End of one branch and start of the next: ``r = x + gate * y`` and ``layer_norm_modulate(r)``.
+
+    Args:
+        x, y: ``[B, N, D]``; float16, bfloat16 or float32 (float64 on the reference row).
+        gate, shift, scale: ``[B, D]`` or ``[B, N, D]``, dtype and device of ``x``; shift and scale
+            None for 0. Chunks of one wider projection are taken without a copy.
+        weight, bias: ``[D]``, the norm's own affine map; None for 1 and 0.
+        eps: added to the variance (mean square with ``rms``), so in units of ``x**2``; above 0.
+        rms: divide by the root mean square and subtract no mean.
+        impl: row of the table to force; None takes the first that accepts.
+
+    Returns:
+        (residual, modulated), each ``[B, N, D]``, dtype and device of ``x``, contiguous, no views.
+        The norm is that of the residual before its rounding to the dtype of ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    args = _chain_row_args(x, y, gate, shift, scale, weight=weight, bias=bias, eps=eps, rms=rms)
+    return pick("gate_residual_norm_modulate", GATE_RESIDUAL_NORM_MODULATE, impl, *args)(*args)
