@@ -4,6 +4,7 @@ from fastdiff import ops
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
+from fastdiff.samplers import sample
 
 __all__ = [
     "Impl",
@@ -14,6 +15,7 @@ __all__ = [
     "explain",
     "ops",
     "record",
+    "sample",
     "set_cpu_level",
     "use",
 ]

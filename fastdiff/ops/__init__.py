@@ -1,6 +1,7 @@
 """The ops: one file each, with the maths, the reference, the table of rows and the public function."""
 
 from fastdiff.ops.attention import GroupBias, attention
+from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.layer_norm_modulate import (
@@ -11,10 +12,13 @@ from fastdiff.ops.layer_norm_modulate import (
 
 __all__ = [
     "GroupBias",
+    "Noise",
     "attention",
+    "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gelu_tanh",
     "group_norm_silu",
     "layer_norm_modulate",
+    "philox_normal",
 ]
