@@ -14,13 +14,14 @@ in q, k or v reaches every row that reads it; keys at or past ``key_lengths`` ar
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import (
     check_finite,
     check_index,
@@ -101,6 +102,29 @@ def attention_ref(
     return out, lse if q.dtype == torch.float64 else lse.float()
 
 
+_native = native("attention")
+
+
+def _native_row(*args: Any) -> tuple[Tensor, Tensor]:
+    return _native(*args[:-1])  # the log-sum-exp costs nothing there: return_lse is left off
+
+
+def _native_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    table: Tensor | None,
+    key_lengths: Tensor | None,
+    q_index: Tensor | None,
+    return_lse: bool,
+) -> str | None:
+    return why_not_native(q, k, v, bias) or refuse_grad(q, k, v, bias, table)
+
+
 def _torch_row(
     q: Tensor,
     k: Tensor,
@@ -143,6 +167,7 @@ def _torch_why_not(
 
 
 IMPLS = (
+    Impl("native", _native_row, _native_why_not),
     Impl("torch", _torch_row, _torch_why_not),
     Impl("ref", attention_ref, always),
 )
@@ -268,9 +293,9 @@ def attention(
 
     Returns:
         ``[B, H, S or A, D]`` in the dtype of ``q``; from the native and triton rows a view of a
-        contiguous ``[B, S or A, H, D]`` buffer, so that ``out.transpose(1, 2).flatten(2)`` is free. With
-        ``return_lse`` also float32 ``[B, H, S or A]`` (float64 for float64 input). Rows with no key
-        left give 0 and -inf.
+        contiguous ``[B, S or A, H, D]`` buffer, so that ``out.transpose(1, 2).flatten(2)`` is
+        free. With ``return_lse`` also float32 ``[B, H, S or A]`` (float64 for float64 input). Rows
+        with no key left give 0 and -inf.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or ``scale`` is not finite.
@@ -284,3 +309,24 @@ def attention(
     )  # fmt: skip
     out, lse = pick("attention", IMPLS, impl, *args)(*args)
     return (out, lse) if return_lse else out
+
+
+if hasattr(torch.ops.fastdiff, "attention"):
+
+    @torch.library.register_fake("fastdiff::attention")
+    def _(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        query_group: Tensor | None,
+        key_group: Tensor | None,
+        table: Tensor | None,
+        key_lengths: Tensor | None,
+        q_index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, rows, dim = q.shape
+        rows = rows if q_index is None else q_index.shape[1]
+        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+        return out, q.new_empty(batch, heads, rows, dtype=torch.float32)

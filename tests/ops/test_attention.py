@@ -145,6 +145,30 @@ def test_layouts(row, dtype, layout):
     check(row, (q, k, v), {}, "packed")
 
 
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_levels(level, dtype):
+    with testing.cpu_level(level):
+        for shape in SHAPES + BIG:
+            for feature in FEATURES:
+                check("native", *make(shape, dtype, feature), f"{level} {shape} {feature}")
+        for dim in (1, 7, *HEAD_DIMS, 384):
+            check("native", *make((2, 50, 33, dim), dtype), f"{level} {dim}")
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3, 7))
+def test_threads_split_rows_without_a_trace(threads):
+    before = torch.get_num_threads()
+    args, kwargs = make((3, 171, 140, 40), torch.float32, "all")
+    want = attention(*args, **kwargs, return_lse=True, impl="native")
+    torch.set_num_threads(threads)
+    try:
+        got = attention(*args, **kwargs, return_lse=True, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_scale_bias_dtypes_and_broadcasts(row):
     for scale in (0.0, -0.5, 3.0):
@@ -240,10 +264,14 @@ def test_gradient():
     assert why["torch"] is None and why["ref"] is None
 
 
-def test_compile():
+def test_compile_and_opcheck():
     args, kwargs = make((2, 9, 33, 40), torch.float32, "all")
     testing.check_compile(attention, *args, **kwargs, return_lse=True)
     testing.check_compile(attention, *args)
+    if "native" in ROWS:
+        rest = (kwargs["key_lengths"], kwargs["q_index"])
+        op = torch.ops.fastdiff.attention.default
+        torch.library.opcheck(op, (*args, 0.1, None, *kwargs["bias"], *rest))
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in args]
         bias = GroupBias(*(mode.from_tensor(t) for t in kwargs["bias"]))

@@ -1,0 +1,507 @@
+// Attention with the online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), queries in
+// lanes.
+//
+// A thread owns a run of query vectors (W = Vec::width rows of one head each) and walks them in
+// tiles of up to 3 vectors, so that S^T = K Q^T and O^T += V^T P^T are both "broadcast one word of
+// K or V, multiply three vectors", with no horizontal step: maximum, exponential and sum are
+// lane-wise. Per head the thread repacks K to rows [T][words] and V to panels [D/kM][T][kM] of its
+// scratch (the conversion to float32, or to bfloat16 pairs for vdpbf16ps, is done there, once per
+// head and not per tile); keys past the sample's length are never read. Per tile it transposes Q
+// to [words][3W], then per block of kAttentionKeys keys: S^T kM keys at a time in registers with
+// the block's maximum, P = exp2(S - m), O = O * correction + P V. A bias per key is one broadcast
+// add per score vector; groups and full biases are transposed rows [.][3W] that offsets choose
+// from. Work is split by scores, so that ragged lengths stay balanced.
+//
+// The scale is applied to finished scores, not to q: folding it into q gave outliers of 2.5 times
+// the float32 error of eager torch, and costs bfloat16 a second rounding of q.
+#include "attention.h"
+#include "vec.h"
+
+FASTDIFF_KERNEL_BEGIN
+
+namespace {
+
+constexpr int W = Vec::width;
+constexpr int kLanes = 3 * W;           // query rows per tile; the leading dimension of its panels
+constexpr int kM = W == 16 ? 8 : 4;     // keys (or channels) per register tile: kM * 3 accumulators
+constexpr int64_t kBlock = kAttentionKeys;
+constexpr int64_t kDepth = 160;         // words summed in one run of a score, for its rounding
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+enum BiasKind { kNoBias, kKeyBias, kLaneBias };
+
+// Rows to columns of a W x W block of 32-bit words.
+#ifdef __AVX512F__
+FD_INLINE void transpose(Vec (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    __m512 a = _mm512_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    __m512 c = _mm512_unpacklo_ps(r[i + 2].v, r[i + 3].v);
+    __m512 d = _mm512_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44), t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44), t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // t[4g + i], lane quarter l: rows 4g.., column 4l + i
+    __m512 a = _mm512_shuffle_f32x4(t[i], t[4 + i], 0x88);
+    __m512 b = _mm512_shuffle_f32x4(t[i], t[4 + i], 0xdd);
+    __m512 c = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0x88);
+    __m512 d = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0xdd);
+    r[i] = _mm512_shuffle_f32x4(a, c, 0x88), r[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88), r[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+FD_INLINE Vec as_scale(Vec t) {  // 2^n from the sum n + 127 + 1.5 * 2^23
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v), 23));
+}
+#else
+FD_INLINE void transpose(Vec (&r)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    __m256 a = _mm256_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    __m256 c = _mm256_unpacklo_ps(r[i + 2].v, r[i + 3].v);
+    __m256 d = _mm256_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44), t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+  }
+}
+FD_INLINE Vec as_scale(Vec t) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t.v), 23));
+}
+#endif
+
+// 2^x for x <= 0: relative error 1.7e-7, exactly 1 at 0 and 0 at and below -127; NaN stays NaN.
+// The sum with 1.5 * 2^23 + 127 rounds x to n and leaves n + 127, the exponent, in its low bits.
+FD_INLINE Vec exp2_negative(Vec x) {
+  const Vec magic(12582912.0f + 127.0f);
+  x = vmax(Vec(-127.0f), x);  // the second operand where x is NaN
+  Vec t = x + magic;
+  Vec r = x - (t - magic);
+  Vec p = fma(Vec(0.001326472731307149f), r, Vec(0.009671512991189957f));
+  p = fma(p, r, Vec(0.05550733581185341f));
+  p = fma(p, r, Vec(0.24022242426872253f));
+  p = fma(p, r, Vec(0.6931470036506653f));
+  p = fma(p, r, Vec(1.0f));
+  return p * as_scale(t);
+}
+
+// How 32-bit words of K, Q, V and P multiply: one float32, or a pair of bfloat16.
+struct F32Words {
+  using In = float;
+  static constexpr int per_word = 1;
+  static FD_INLINE Vec dot(Vec broadcast, Vec panel, Vec acc) { return fma(broadcast, panel, acc); }
+};
+#ifdef __AVX512BF16__
+struct Bf16Words {
+  static constexpr int per_word = 2;
+  static FD_INLINE Vec dot(Vec broadcast, Vec panel, Vec acc) {
+    return _mm512_dpbf16_ps(acc.v, (__m512bh)broadcast.v, (__m512bh)panel.v);
+  }
+};
+#endif
+
+// acc[i][j] = sum over w of rows[i * row_stride + w * word_stride] . panel[w][j]: the inner loop of
+// both products, kM * NR accumulators in registers.
+template <class Words, int NR>
+FD_INLINE void multiply(const float* rows, int64_t row_stride, int64_t word_stride,
+                        const float* panel, int64_t words, Vec (&acc)[kM][NR]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < NR; ++j) acc[i][j] = Vec(0.0f);
+  for (int64_t w = 0; w < words; ++w) {
+    Vec p[NR];
+#pragma GCC unroll 3
+    for (int j = 0; j < NR; ++j) p[j] = Vec::load(panel + w * kLanes + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+      Vec b(rows[i * row_stride + w * word_stride]);
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) acc[i][j] = Words::dot(b, p[j], acc[i][j]);
+    }
+  }
+}
+
+// S^T of `keys` keys (rows k of `words` words) and NR query vectors: s[key][lane] = k . q * c +
+// bias. Keys up to the next multiple of kM are written too, as -inf. `top` takes the maximum.
+template <class Words, int NR, BiasKind KIND>
+static void score_block(const float* k, int64_t words, int64_t keys, const float* q, float c,
+                        const float* key_bias, const float* lane_bias, const int64_t* offset,
+                        float* s, Vec (&top)[NR]) {
+  for (int64_t t = 0; t < keys; t += kM) {
+    const float* row = k + t * words;
+    float* out = s + t * kLanes;
+    int64_t w = 0;
+    for (; w + kDepth < words; w += kDepth) {
+      Vec acc[kM][NR];
+      multiply<Words, NR>(row + w, words, 1, q + w * kLanes, kDepth, acc);
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 3
+        for (int j = 0; j < NR; ++j) {
+          float* x = out + i * kLanes + j * W;
+          (w ? acc[i][j] + Vec::load(x) : acc[i][j]).store(x);
+        }
+    }
+    Vec acc[kM][NR];
+    multiply<Words, NR>(row + w, words, 1, q + w * kLanes, words - w, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) {
+        Vec x = acc[i][j];
+        if (w) x = x + Vec::load(out + i * kLanes + j * W);
+        x = x * Vec(c);
+        if (KIND == kKeyBias) x = x + Vec(key_bias[t + i]);
+        if (KIND == kLaneBias) x = x + Vec::load(lane_bias + offset[t + i] + j * W);
+        if (t + i >= keys) x = Vec(-INFINITY);
+        top[j] = vmax(top[j], x);
+        x.store(out + i * kLanes + j * W);
+      }
+    }
+  }
+}
+
+// P = 2^(S - m) in place, and its sum. Pairs of keys go into one word for bfloat16.
+template <class Words, int NR>
+static void exp_block(float* s, int64_t keys, const Vec (&m)[NR], Vec (&sum)[NR]) {
+  if constexpr (Words::per_word == 1) {
+    for (int64_t t = 0; t < keys; ++t)
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) {
+        Vec p = exp2_negative(Vec::load(s + t * kLanes + j * W) - m[j]);
+        sum[j] = sum[j] + p;
+        p.store(s + t * kLanes + j * W);
+      }
+  }
+#ifdef __AVX512BF16__
+  if constexpr (Words::per_word == 2) {
+    // Word i of the result: the halves i (first key) and 16 + i (second key).
+    alignas(64) static constexpr uint16_t kInterleave[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i interleave = _mm512_load_si512(kInterleave);
+    for (int64_t t = 0; t < keys; t += 2)
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) {
+        Vec p0 = exp2_negative(Vec::load(s + t * kLanes + j * W) - m[j]);
+        Vec p1 = exp2_negative(Vec::load(s + (t + 1) * kLanes + j * W) - m[j]);
+        sum[j] = sum[j] + (p0 + p1);
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(p1.v, p0.v);
+        _mm512_storeu_si512(s + t / 2 * kLanes + j * W, _mm512_permutexvar_epi16(interleave, both));
+      }
+  }
+#endif
+}
+
+// O^T = O^T * correction + V^T P^T over `words` words of P; V in panels of kM channels. The block
+// is summed on its own first: one running sum over thousands of keys would lose bits.
+template <class Words, int NR>
+static void value_block(const float* v, int64_t panel_stride, int64_t panels, const float* p,
+                        int64_t words, const Vec (&correction)[NR], bool first, float* o) {
+  for (int64_t n = 0; n < panels; ++n, v += panel_stride, o += kM * kLanes) {
+    Vec acc[kM][NR];
+    multiply<Words, NR>(v, 1, kM, p, words, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) {
+        float* x = o + i * kLanes + j * W;
+        (first ? acc[i][j] : fma(Vec::load(x), correction[j], acc[i][j])).store(x);
+      }
+  }
+}
+
+// dst[n][kLanes] = factor * rows[lane][n]; dst has room for n rounded up to W rows.
+template <class E>
+static void pack_lanes(const E* const* rows, int vectors, int64_t n, float factor, float* dst) {
+  for (int j = 0; j < vectors; ++j)
+    for (int64_t c = 0; c < n; c += W) {
+      Vec r[W];
+      int m = n - c < W ? int(n - c) : W;
+      for (int i = 0; i < W; ++i) {
+        const E* p = rows[j * W + i] + c;
+        r[i] = (m == W ? Vec::load(p) : Vec::load(p, m)) * Vec(factor);
+      }
+      transpose(r);
+      for (int i = 0; i < W; ++i) r[i].store(dst + (c + i) * kLanes + j * W);
+    }
+}
+
+#ifdef __AVX512BF16__
+FD_INLINE Vec load_pairs(const bf16* p, int64_t n) {  // the first n halves of 32, the rest 0
+  __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+// The same with pairs of bfloat16 as words.
+static void pack_pair_lanes(const bf16* const* rows, int vectors, int64_t dim, float* dst) {
+  for (int j = 0; j < vectors; ++j)
+    for (int64_t c = 0; c < dim; c += 32) {
+      Vec r[16];
+      for (int i = 0; i < 16; ++i) r[i] = load_pairs(rows[j * 16 + i] + c, dim - c);
+      transpose(r);
+      for (int i = 0; i < 16; ++i) r[i].store(dst + (c / 2 + i) * kLanes + j * 16);
+    }
+}
+#endif
+
+template <class E, class Words>
+struct Worker {
+  const AttentionArgs& a;
+  AttentionScratch at;
+  float* scratch;
+  int64_t words;         // words per row of K and Q
+  int64_t v_words;       // words per column of V: the stride of a panel is kM times this
+  int64_t panels;        // panels of V
+  int64_t length = 0;    // keys of the sample in work
+  const E *q_head = nullptr, *bias_head = nullptr;
+  const float *bias32_head = nullptr, *table_head = nullptr;
+
+  Worker(const AttentionArgs& args, int64_t thread)
+      : a(args), at(args), scratch(args.scratch + thread * at.total),
+        words((a.dim + Words::per_word - 1) / Words::per_word),
+        v_words(round_up(a.keys, 2) / Words::per_word), panels((a.dim + kM - 1) / kM) {}
+
+  void pack_key_row(int64_t t, const E* src) {
+    float* dst = scratch + at.k + t * words;
+    if constexpr (Words::per_word == 1) {
+      int64_t d = 0;
+      for (; d + W <= a.dim; d += W) (src ? Vec::load(src + d) : Vec(0.0f)).store(dst + d);
+      if (int n = int(a.dim - d)) (src ? Vec::load(src + d, n) : Vec(0.0f)).store(dst + d, n);
+    } else {
+      dst[words - 1] = 0.0f;  // the second half of the last word where dim is odd
+      if (src) std::memcpy(dst, src, size_t(a.dim) * 2);
+      else std::memset(dst, 0, size_t(words) * 4);
+    }
+  }
+
+  // Columns of V into panels: kM floats of one key, or kM pairs (key t, key t + 1).
+  void pack_value_word(int64_t w, const E* v, int64_t stride) {
+    float* dst = scratch + at.v + w * kM;
+    const int64_t panel_stride = v_words * kM;
+    for (int64_t d = 0; d < panels * kM; d += W) {
+      int n = a.dim - d < W ? int(a.dim - d) : W;
+      Vec x;
+      if constexpr (Words::per_word == 1) {
+        x = n == W ? Vec::load(v + d) : Vec::load(v + d, n);
+      }
+#ifdef __AVX512BF16__
+      else {
+        __mmask16 mask = Vec::mask(n);
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + d));
+        __m512i high = _mm512_setzero_si512();
+        if (2 * w + 1 < length)
+          high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + stride + d));
+        x = _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+#endif
+      alignas(64) float parts[W];
+      x.store(parts);
+      for (int i = 0; i < W && d + i < panels * kM; i += kM)
+        std::memcpy(dst + (d + i) / kM * panel_stride, parts + i, kM * sizeof(float));
+    }
+    (void)stride;
+  }
+
+  // Everything that the query tiles of one head share.
+  void start_head(int64_t b, int64_t h) {
+    length = a.key_lengths ? a.key_lengths[b] : a.keys;
+    q_head = static_cast<const E*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1];
+    const E* k = static_cast<const E*>(a.k) + b * a.k_stride[0] + h * a.k_stride[1];
+    const E* v = static_cast<const E*>(a.v) + b * a.v_stride[0] + h * a.v_stride[1];
+    for (int64_t t = 0; t < round_up(length, kM); ++t)
+      pack_key_row(t, t < length ? k + t * a.k_stride[2] : nullptr);
+    for (int64_t t = 0; t < length; t += Words::per_word)
+      pack_value_word(t / Words::per_word, v + t * a.v_stride[2], a.v_stride[2]);
+    if (a.bias) {
+      int64_t at_head = b * a.bias_stride[0] + h * a.bias_stride[1];
+      bias_head = static_cast<const E*>(a.bias) + at_head;
+      bias32_head = static_cast<const float*>(a.bias) + at_head;
+      float* key_bias = scratch + at.key_bias;
+      if (!a.bias_full)
+        for (int64_t t = 0; t < round_up(length, kM); ++t)
+          key_bias[t] = t >= length ? 0.0f
+                        : kLog2e * (a.bias_f32 ? bias32_head[t] : to_float(bias_head[t]));
+    }
+    int64_t* offset = reinterpret_cast<int64_t*>(scratch + at.key_offset);
+    if (a.table) table_head = a.table + b * a.table_stride[0] + h * a.table_stride[1];
+    if (a.table || a.bias_full)
+      for (int64_t t = 0; t < round_up(length, kM); ++t)
+        offset[t] = kLanes * (t >= length ? 0
+                              : a.table ? a.key_group[b * a.key_group_stride + t] : t % kBlock);
+  }
+
+  // Transposed biases of the tile's rows: of keys t0.. (full), or of every key group.
+  void pack_bias(const int64_t* rows, int vectors, int64_t t0, int64_t keys) {
+    float* dst = scratch + at.lane_bias;
+    const float* rows32[kLanes];
+    const E* rows_e[kLanes];
+    for (int i = 0; i < vectors * W; ++i) {
+      if (a.table) rows32[i] = table_head + rows[i] * a.key_groups;
+      else if (a.bias_f32) rows32[i] = bias32_head + rows[i] * a.bias_stride[2] + t0;
+      else rows_e[i] = bias_head + rows[i] * a.bias_stride[2] + t0;
+    }
+    if (a.table) pack_lanes(rows32, vectors, a.key_groups, kLog2e, dst);
+    else if (a.bias_f32) pack_lanes(rows32, vectors, keys, kLog2e, dst);
+    else pack_lanes(rows_e, vectors, keys, kLog2e, dst);
+  }
+
+  template <int NR>
+  void tile(int64_t b, int64_t h, int64_t first_row) {
+    if (!a.bias && !a.table) run<NR, kNoBias>(b, h, first_row);
+    else if (a.bias && !a.bias_full) run<NR, kKeyBias>(b, h, first_row);
+    else run<NR, kLaneBias>(b, h, first_row);
+  }
+
+  template <int NR, BiasKind KIND>
+  void run(int64_t b, int64_t h, int64_t first_row) {
+    float *q = scratch + at.q, *s = scratch + at.score, *o = scratch + at.out;
+    const int64_t* offset = reinterpret_cast<const int64_t*>(scratch + at.key_offset);
+    const float c = a.scale * kLog2e;
+    int64_t rows[kLanes];  // rows past the end repeat the last one and are not stored
+    const E* q_rows[kLanes];
+    for (int i = 0; i < NR * W; ++i) {
+      int64_t r = first_row + i < a.rows ? first_row + i : a.rows - 1;
+      rows[i] = a.q_index ? a.q_index[b * a.rows + r] : r;
+      q_rows[i] = q_head + rows[i] * a.q_stride[2];
+    }
+    if constexpr (Words::per_word == 1) pack_lanes(q_rows, NR, a.dim, 1.0f, q);
+#ifdef __AVX512BF16__
+    else pack_pair_lanes(q_rows, NR, a.dim, q);
+#endif
+    if (a.table) {
+      int64_t groups[kLanes];
+      for (int i = 0; i < NR * W; ++i)
+        groups[i] = a.query_group[b * a.query_group_stride + rows[i]];
+      pack_bias(groups, NR, 0, 0);
+    }
+    Vec m[NR], sum[NR];
+#pragma GCC unroll 3
+    for (int j = 0; j < NR; ++j) m[j] = Vec(-INFINITY), sum[j] = Vec(0.0f);
+    for (int64_t t0 = 0; t0 < length; t0 += kBlock) {
+      int64_t keys = length - t0 < kBlock ? length - t0 : kBlock;
+      if (a.bias_full) pack_bias(rows, NR, t0, keys);
+      Vec top[NR], base[NR], correction[NR], block_sum[NR];
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) top[j] = m[j];
+      score_block<Words, NR, KIND>(scratch + at.k + t0 * words, words, keys, q, c,
+                                   scratch + at.key_bias + t0, scratch + at.lane_bias, offset + t0,
+                                   s, top);
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) {
+        // A row with every key masked so far subtracts 0, so that its weights are 2^-inf = 0.
+        base[j] = select_lt(top[j], Vec(-3.4028235e38f), Vec(0.0f), top[j]);
+        correction[j] = exp2_negative(m[j] - base[j]);
+        m[j] = top[j];
+        block_sum[j] = Vec(0.0f);
+      }
+      exp_block<Words, NR>(s, keys, base, block_sum);
+#pragma GCC unroll 3
+      for (int j = 0; j < NR; ++j) sum[j] = fma(sum[j], correction[j], block_sum[j]);
+      int64_t p_words = (keys + Words::per_word - 1) / Words::per_word;
+      value_block<Words, NR>(scratch + at.v + t0 / Words::per_word * kM, v_words * kM, panels, s,
+                             p_words, correction, t0 == 0, o);
+    }
+    store<NR>(b, h, first_row, m, sum);
+  }
+
+  template <int NR>
+  void store(int64_t b, int64_t h, int64_t first_row, const Vec (&m)[NR], const Vec (&sum)[NR]) {
+    const float* o = scratch + at.out;
+    const int64_t row_stride = a.heads * a.dim;
+    for (int j = 0; j < NR; ++j) {
+      int64_t row = first_row + j * W;
+      int rows = a.rows - row < W ? int(a.rows - row) : W;
+      alignas(64) float top[W], total[W];
+      m[j].store(top);
+      sum[j].store(total);
+      float* lse = a.lse + (b * a.heads + h) * a.rows + row;
+      for (int i = 0; i < rows; ++i)
+        lse[i] = total[i] == 0.0f ? -INFINITY : (top[i] + std::log2(total[i])) * kLn2;
+      // A live row's sum is at least 1, its largest weight; a NaN sum makes the row NaN.
+      Vec inverse = Vec(1.0f) / sum[j];
+      E* out = static_cast<E*>(a.out) + ((b * a.rows + row) * a.heads + h) * a.dim;
+      for (int64_t d = 0; d < a.dim; d += W) {
+        int n = a.dim - d < W ? int(a.dim - d) : W;
+        Vec r[W];
+        for (int i = 0; i < W; ++i) {
+          r[i] = i < n && length ? Vec::load(o + (d + i) * kLanes + j * W) * inverse : Vec(0.0f);
+          r[i] = select_lt(sum[j], Vec(0.5f), Vec(0.0f), r[i]);
+        }
+        transpose(r);
+        for (int i = 0; i < rows; ++i) {
+          if (n == W) r[i].store(out + i * row_stride + d);
+          else r[i].store(out + i * row_stride + d, n);
+        }
+      }
+    }
+  }
+
+  // Query vectors [begin, end) in the order batch, head, row.
+  void vectors(int64_t begin, int64_t end) {
+    const int64_t per_head = (a.rows + W - 1) / W;
+    for (int64_t u = begin; u < end;) {
+      int64_t b = u / per_head / a.heads, h = u / per_head % a.heads, in_head = u % per_head;
+      int64_t stop = end - u < per_head - in_head ? end - u : per_head - in_head;
+      start_head(b, h);
+      for (int64_t left = stop, row = in_head * W; left;) {
+        int nr = left >= 5 || left == 3 ? 3 : left == 1 ? 1 : 2;  // 4 = 2 + 2: one alone is slowest
+        if (nr == 3) tile<3>(b, h, row);
+        else if (nr == 2) tile<2>(b, h, row);
+        else tile<1>(b, h, row);
+        left -= nr, row += nr * W;
+      }
+      u += stop;
+    }
+  }
+};
+
+// The query vector at which `part` of `parts` of the work begins: work is keys + 32 per vector.
+static int64_t split(const AttentionArgs& a, int64_t part, int64_t parts) {
+  const int64_t per_sample = a.heads * ((a.rows + W - 1) / W);
+  auto cost = [&](int64_t b) { return (a.key_lengths ? a.key_lengths[b] : a.keys) + 32; };
+  double total = 0.0;
+  for (int64_t b = 0; b < a.batch; ++b) total += double(cost(b)) * double(per_sample);
+  double target = total * double(part) / double(parts);
+  for (int64_t b = 0; b < a.batch; ++b) {
+    double sample = double(cost(b)) * double(per_sample);
+    if (target < sample) return b * per_sample + int64_t(target / double(cost(b)) + 0.5);
+    target -= sample;
+  }
+  return a.batch * per_sample;
+}
+
+template <class E, class Words>
+static void run_all(const AttentionArgs& a) {
+  parallel_for(0, a.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      int64_t from = split(a, part, a.threads);
+      int64_t to = part + 1 == a.threads ? a.batch * a.heads * ((a.rows + W - 1) / W)
+                                         : split(a, part + 1, a.threads);
+      Worker<E, Words>(a, part).vectors(from, to);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a) {
+  switch (a.dtype) {
+    case Dtype::kF32: return run_all<float, F32Words>(a);
+    case Dtype::kF16: return run_all<f16, F32Words>(a);
+    case Dtype::kBf16:
+#ifdef __AVX512BF16__
+      return run_all<bf16, Bf16Words>(a);
+#else
+      return run_all<bf16, F32Words>(a);
+#endif
+  }
+}
+
+FASTDIFF_KERNEL_END
