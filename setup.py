@@ -149,15 +149,17 @@ if not reason:
     record["torch"] = torch.__version__
 (HERE / "fastdiff" / "_build_info.json").write_text(json.dumps(record, indent=1) + "\n")
 
-packages = ["fastdiff", "fastdiff.kernels"]
+packages = ["fastdiff", "fastdiff.kernels", "fastdiff.bench"]
 packages += [
     "fastdiff." + str(p.parent.relative_to(HERE / "fastdiff")).replace("/", ".")
     for p in sorted((HERE / "fastdiff").rglob("__init__.py"))
     if p.parent not in (HERE / "fastdiff", HERE / "fastdiff" / "kernels")
 ]
+# bench/ has no __init__.py: its files are scripts that fastdiff/cli.py finds by path.
 setup(
     packages=packages,
-    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.bench": "bench"},
+    py_modules=["fastdiff_engine"],
     package_data={"fastdiff": ["py.typed", "_build_info.json", "checkpoints/*"]},
     ext_modules=exts,
     cmdclass=commands,

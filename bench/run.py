@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastdiff  # noqa: E402
+from fastdiff.info import processor  # noqa: E402
 
 ROOT = HERE.parent
 MARKS = ("<!-- figures: fastdiff bench --readme -->", "<!-- end of figures -->")
@@ -264,18 +265,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 # ---- where and how -------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
-    return found[0] if found else platform.machine()
-
-
 def commit() -> str:
     """The commit of the source tree, "+" where it has changes; the version where there is no git."""
     git = ["git", "-C", str(ROOT)]
+    if not (ROOT / ".git").exists():
+        return "v" + fastdiff.__version__
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True

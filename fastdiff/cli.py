@@ -1,0 +1,181 @@
+"""The ``fastdiff`` command: sample pictures, train, time kernels, tell what runs here.
+
+Exit codes: 0 done; 1 a benchmark is red; 2 bad usage or input, with one line on stderr; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+MODELS = ("dit-digits", "unet-digits")  # bundled with the package
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UsageError(ValueError):
+    """Bad input of a person: reported in one line, without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text!r}, need a whole number {low} to {high}")
+        return value
+
+    return parse
+
+
+def _finite(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text!r}, need a number {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def parse_classes(text: str) -> list[int]:
+    """``"0-3,7"`` gives ``[0, 1, 2, 3, 7]``."""
+    classes: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}, need labels and ranges such as 0-9 or 0,3,5-7"
+            )
+        first, last = int(low), int(high or low)
+        if last < first or last - first > 10_000:
+            raise argparse.ArgumentTypeError(f"range {part.strip()!r} is empty or above 10000 labels")
+        classes += range(first, last + 1)
+    return classes
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(prog="fastdiff", description="Kernel-optimised acceleration engine for diffusion.")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="sample|train|bench|info", parser_class=Parser
+    )
+
+    p = commands.add_parser("sample", help="draw pictures into a PNG grid")
+    p.add_argument(
+        "--model",
+        action="append",
+        help=f"{' or '.join(MODELS)}, or the path of a checkpoint; may be given several times "
+        "(default: both)",
+    )
+    p.add_argument("--steps", type=_whole(1, 10_000), default=25)
+    p.add_argument("--sampler", help="a sampler of fastdiff.samplers (default: the model card's)")
+    p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
+    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 4 of each class)")
+    p.add_argument("--guidance", type=_finite(0, 1000), help="default: the model card's")
+    p.add_argument("--guidance-rescale", type=_finite(0, 1), default=0.0)
+    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help="PNG file, with the model's name put in where there are several models; a file that "
+        "fastdiff sample wrote is overwritten, any other is not (default: samples.png)",
+    )
+    p.add_argument("--compare", action="store_true", help="time plain torch on the same weights too")
+    p.add_argument("--compile", action="store_true", help="with --compare: torch.compile as well")
+    p.add_argument("--repeat", type=_whole(1, 1000), default=3, help="timed runs of --compare")
+    p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+
+    commands.add_parser("train", help="train a small model (--help lists its options)", add_help=False)
+    commands.add_parser(
+        "bench", help="time the ops against torch (--help lists its options)", add_help=False
+    )
+
+    p = commands.add_parser("info", help="which row of which op runs here, and why not the others")
+    p.add_argument("--json", action="store_true", help="as JSON on stdout")
+    p.add_argument("--markdown", action="store_true", help="the README's table of ops and rows")
+    return top
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Run ``bench/run.py``: beside the package in a source tree, inside it where installed."""
+    package = Path(__file__).resolve().parent
+    places = (package / "bench" / "run.py", package.parent / "bench" / "run.py")
+    path = next((p for p in places if p.exists()), None)
+    if path is None:
+        raise UsageError(f"no bench/run.py in {package} nor beside it; install the package again")
+    spec = importlib.util.spec_from_file_location("fastdiff_bench_run", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return int(module.main(list(argv)))
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run ``fastdiff.train``."""
+    from fastdiff.train import main as run
+
+    return int(run(list(argv)) or 0)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print :mod:`fastdiff.info`."""
+    from fastdiff import info as page
+
+    if args.markdown:
+        print(page.markdown())
+    elif args.json:
+        print(json.dumps(page.collect(), indent=1))
+    else:
+        print(page.text(page.collect()))
+    return 0
+
+
+def run(argv: Sequence[str]) -> int:
+    """Dispatch to the sub-command; raises on bad input."""
+    if argv[:1] == ["bench"]:
+        return bench(argv[1:])
+    if argv[:1] == ["train"]:
+        return train(argv[1:])
+    args = parser().parse_args(argv)
+    if args.command == "info":
+        return info(args)
+    from fastdiff import cli_sample
+
+    return cli_sample.main(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; gives the exit code."""
+    from fastdiff.dispatch import NoImpl
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(argv)
+    except (ValueError, OSError, NoImpl) as error:  # anything else is a bug: let it show where
+        print(f"fastdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdiff: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,216 @@
+"""``fastdiff sample``: pictures of one or more models as PNG grids, and the comparison with plain torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastdiff
+from fastdiff import models
+from fastdiff.cli import MODELS, UsageError
+
+MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
+PAD, ZOOM = 2, 2  # pixels between pictures; whole-number enlargement
+
+
+def check_out(path: Path) -> None:
+    """``path`` can be written: its folder exists and no foreign file is there."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out is {str(path)!r}, need a name that ends in .png")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out is {str(path)!r}, need a folder that exists")
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as old:
+            ours = old.info.get("Software") == MARK
+    except (OSError, SyntaxError):
+        ours = False
+    if not ours:
+        raise UsageError(f"--out is {str(path)!r}, which fastdiff sample did not write; need another")
+
+
+def save_grid(x: Tensor, columns: int, path: Path, facts: dict[str, Any]) -> None:
+    """Pictures ``x [B,C,H,W]`` in [-1, 1], C 1 or 3, row by row into one PNG with ``facts`` in it."""
+    b, c, h, w = x.shape
+    rows = -(-b // columns)
+    sheet = torch.full((c, rows * (h + PAD) + PAD, columns * (w + PAD) + PAD), 255.0)
+    pixels = x.float().nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round()
+    for i, picture in enumerate(pixels):
+        top, left = PAD + i // columns * (h + PAD), PAD + i % columns * (w + PAD)
+        sheet[:, top : top + h, left : left + w] = picture
+    sheet = sheet.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2).byte()
+    image = Image.fromarray(sheet[0].numpy() if c == 1 else sheet.permute(1, 2, 0).numpy())
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Software", MARK)
+    text.add_text("Settings", json.dumps(facts))
+    image.save(path, pnginfo=text)
+
+
+def _pictures(card: dict[str, Any], args: argparse.Namespace) -> list[int]:
+    """The label of every picture: the classes, repeated to the batch size."""
+    count = int(card["num_classes"])
+    classes = args.classes or list(range(count))
+    bad = [label for label in classes if label >= count]
+    if bad:
+        raise UsageError(f"--classes has {bad[0]}, need labels 0 to {count - 1} for this model")
+    batch = args.batch or 4 * len(classes)
+    return [classes[i % len(classes)] for i in range(batch)]
+
+
+class Job:
+    """One model with its settings: what every arm of the comparison runs."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name, self.args = name, args
+        self.model, self.card = models.load(name)
+        self.dtype = getattr(torch, args.dtype)
+        self.model = self.model.to(self.dtype)
+        self.labels = _pictures(self.card, args)
+        self.sampler = args.sampler or self.card.get("sampler", "ddim")
+        self.guidance = self.card.get("guidance", 1.0) if args.guidance is None else args.guidance
+
+    def draw(self, model: nn.Module, steps: int, progress: str = "") -> Tensor:
+        """Pictures ``[B,C,H,W]``; the same noise in every call."""
+        size = self.card["image_size"]
+        shape = (len(self.labels), self.card["channels"], size, size)
+        bar = tqdm(total=steps, desc=progress, disable=not progress, file=sys.stderr, leave=False)
+        with bar:
+            return fastdiff.sample(
+                model,
+                shape,
+                sampler=self.sampler,
+                steps=steps,
+                classes=torch.tensor(self.labels),
+                guidance=self.guidance,
+                guidance_rescale=self.args.guidance_rescale,
+                seed=self.args.seed,
+                callback=lambda *_: bar.update(),
+            )
+
+
+def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
+    """Time the same weights in plain torch: eager, and compiled where asked for."""
+    args = job.args
+    plain = models.plain(job.model)
+    arms: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {
+        "fastdiff": (job.model, nullcontext),
+        "torch eager": (plain, lambda: fastdiff.use("ref")),
+    }
+    if args.compile:
+        arms["torch.compile"] = (torch.compile(plain), lambda: fastdiff.use("ref"))  # type: ignore
+    pictures, times = {"fastdiff": fast}, {arm: [] for arm in arms}  # type: ignore[var-annotated]
+    for arm, (model, rows) in arms.items():  # warm up, and compile
+        with rows():
+            job.draw(model, min(2, args.steps), f"{job.name}: warming up {arm}")
+    for i in range(args.repeat):
+        for arm in list(arms) if i % 2 == 0 else reversed(list(arms)):
+            model, rows = arms[arm]
+            with rows():
+                start = time.perf_counter()
+                pictures[arm] = job.draw(model, args.steps)
+                times[arm].append(time.perf_counter() - start)
+    base = statistics.median(times["fastdiff"])
+    report["compare"] = {
+        arm: {
+            "seconds": statistics.median(seen),
+            "ratio": statistics.median(seen) / base,
+            "largest_difference": (pictures[arm].float() - fast.float()).abs().max().item(),
+        }
+        for arm, seen in times.items()
+    }
+
+
+def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Draw the pictures of one model, write them, and give the report."""
+    job = Job(name, args)
+    start = time.perf_counter()
+    with fastdiff.record() as ran:
+        x = job.draw(job.model, args.steps, name)
+    seconds = time.perf_counter() - start
+    report: dict[str, Any] = {
+        "model": name,
+        "sampler": job.sampler,
+        "steps": args.steps,
+        "guidance": job.guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "pictures": len(job.labels),
+        "threads": torch.get_num_threads(),
+        "cpu_level": fastdiff.cpu_level(),
+        "finite": bool(torch.isfinite(x).all()),
+        "seconds": seconds,
+        "out": str(out),
+        "rows": rows_of(ran),
+    }
+    if args.compare:
+        compare(job, report, x)
+    columns = min(len(job.labels), len(args.classes or range(job.card["num_classes"])), 20)
+    facts = {k: v for k, v in report.items() if k not in ("rows", "compare", "seconds", "out")}
+    save_grid(x, columns, out, facts)
+    return report
+
+
+def rows_of(ran: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """``{"attention": {"native": 125}}``: how often which row of which op ran."""
+    rows: dict[str, dict[str, int]] = {}
+    for (op, row), count in sorted(ran.items()):
+        rows.setdefault(op, {})[row] = count
+    return rows
+
+
+def show(report: dict[str, Any]) -> None:
+    print(
+        f"{report['model']}: {report['pictures']} pictures, {report['sampler']}, "
+        f"{report['steps']} steps, guidance {report['guidance']:g}, {report['dtype']}, "
+        f"{report['threads']} threads, {report['cpu_level']}: "
+        f"{report['seconds']:.2f} s -> {report['out']}"
+    )
+    if not report["finite"]:
+        print(f"  some pictures are not finite; {report['dtype']} may be too narrow for this model")
+    for arm, row in report.get("compare", {}).items():
+        words = f"  {arm:<14} {row['seconds']:8.3f} s  {row['ratio']:5.2f} x"
+        if arm != "fastdiff":
+            words += f"  largest difference {row['largest_difference']:.2g} (pictures are in [-1, 1])"
+        print(words)
+    if "compare" in report:
+        rows = report["rows"].items()
+        print("  rows that ran: " + ", ".join(f"{op} {'/'.join(seen)}" for op, seen in rows))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``fastdiff sample`` with its parsed arguments."""
+    if args.compile and not args.compare:
+        raise UsageError("--compile is one more arm of --compare; need --compare too")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.model or list(MODELS)
+    outs = [args.out]
+    if len(names) > 1:
+        outs = [args.out.with_stem(f"{args.out.stem}-{Path(name).stem}") for name in names]
+    repeated = [str(out) for i, out in enumerate(outs) if out in outs[:i]]
+    if repeated:
+        raise UsageError(f"--model: two models would write {repeated[0]}; need different file names")
+    for out in outs:
+        check_out(out)
+    reports = [sample_one(name, args, out) for name, out in zip(names, outs)]
+    if args.json:
+        print(json.dumps(reports, indent=1))
+    else:
+        for report in reports:
+            show(report)
+    return 0

@@ -1,0 +1,129 @@
+"""What runs here: for every op which rows take typical arguments, and why the others do not."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff import _native, ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+New = Callable[..., Tensor]  # new(*shape) in the dtype and on the device asked for
+
+# One typical call of every op: widths of DiT-S/2 and SD's U-Net. test_layout.py: every op has one.
+CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
+    "attention": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(2, 6, 256, 64)),
+    "gate_residual": lambda new: (new(2, 256, 384), new(2, 256, 384), new(2, 384)),
+    "gate_residual_norm_modulate": lambda new: (
+        new(2, 256, 384),
+        new(2, 256, 384),
+        new(2, 384),
+        new(2, 384),
+        new(2, 384),
+    ),
+    "geglu": lambda new: (new(2, 256, 2560), new(2560)),
+    "gelu_tanh": lambda new: (new(2, 256, 1536), new(1536)),
+    "group_norm_silu": lambda new: (new(2, 320, 32, 32), 32, new(320), new(320)),
+    "layer_norm_modulate": lambda new: (new(2, 256, 384), new(2, 384), new(2, 384)),
+    "linear": lambda new: (new(2, 256, 384), new(1152, 384), new(1152)),
+    "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
+}
+
+
+def processor() -> str:
+    """The processor's name, where the system gives one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def op_names() -> list[str]:
+    """The public ops: functions whose module has a table of rows for them."""
+    found = []
+    for name in sorted(ops.__all__):
+        module = sys.modules.get(getattr(getattr(ops, name), "__module__", ""))
+        if name in getattr(module, "TABLES", {}):
+            found.append(name)
+    return found
+
+
+def why(op: str, dtype: torch.dtype, device: str) -> dict[str, str | None]:
+    """``fastdiff.explain`` of the typical call of ``op``; a device that is absent is only pretended.
+
+    Rows read metadata alone, so tensors without data answer for a GPU that is not here.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        args = CALLS[op](lambda *shape: torch.empty(shape, dtype=dtype, device=device))
+        return fastdiff.explain(getattr(ops, op), *args)
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``fastdiff info`` prints, for ``--json``."""
+    cuda = torch.cuda.is_available()
+    report: dict[str, Any] = {
+        "fastdiff": fastdiff.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_level": fastdiff.cpu_level(),
+        "cpu_levels": fastdiff.cpu_levels(),
+        "native": _native.load_error or "loaded",
+        "build": _native.build_info(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "ops": {},
+    }
+    places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    if cuda:
+        places += [("cuda", torch.float16), ("cuda", torch.bfloat16)]
+    for op in op_names():
+        report["ops"][op] = {
+            f"{device} {str(dtype)[6:]}": why(op, dtype, device) for device, dtype in places
+        }
+    return report
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    build = report["build"]
+    levels = ", ".join(report["cpu_levels"]) or "none"
+    lines = [
+        f"fastdiff {report['fastdiff']}, torch {report['torch']}, python {report['python']}",
+        f"processor: {report['processor']}; level {report['cpu_level']} of {levels}; "
+        f"{report['threads']} threads",
+        f"native library: {report['native']}; build: {build['extension']}, "
+        f"{build.get('cuda', 'CUDA off')}",
+        f"gpu: {report['gpu'] or 'none that torch sees'}",
+    ]
+    for op, places in report["ops"].items():
+        lines.append(op)
+        for place, rows in places.items():
+            runs = next((name for name, reason in rows.items() if reason is None), "nothing")
+            lines.append(f"  {place}: {runs} runs")
+            lines += [f"    not {name}: {reason}" for name, reason in rows.items() if reason]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The README's table: op, row, and the dtypes that it takes on a CPU and on a GPU."""
+    lines = ["| op | row | CPU | GPU |", "|---|---|---|---|"]
+    for op in op_names():
+        for i, row in enumerate(why(op, torch.float32, "cpu")):
+            cells = []
+            for device in ("cpu", "cuda"):
+                takes = [str(d)[6:] for d in DTYPES if why(op, d, device)[row] is None]
+                cells.append(", ".join(takes))
+            lines.append(f"| {op if i == 0 else ''} | {row} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
