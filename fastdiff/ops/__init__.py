@@ -2,6 +2,7 @@
 
 from fastdiff.ops.attention import GroupBias, attention
 from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
+from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.layer_norm_modulate import (
@@ -9,16 +10,23 @@ from fastdiff.ops.layer_norm_modulate import (
     gate_residual_norm_modulate,
     layer_norm_modulate,
 )
+from fastdiff.ops.linear import linear
+from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 
 __all__ = [
     "GroupBias",
     "Noise",
     "attention",
+    "axial_rope",
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "geglu",
     "gelu_tanh",
     "group_norm_silu",
     "layer_norm_modulate",
+    "linear",
     "philox_normal",
+    "qk_norm_rope",
+    "rope_table",
 ]
