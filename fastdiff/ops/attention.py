@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_finite,
     check_index,
@@ -31,6 +32,8 @@ from fastdiff.ops._check import (
     check_tensor,
     wide,
 )
+
+TRITON_MAX_DIM = 256  # of a head: q, k, v and the sums of a tile must fit on one multiprocessor
 
 
 class GroupBias(NamedTuple):
@@ -125,6 +128,24 @@ def _native_why_not(
     return why_not_native(q, k, v, bias) or refuse_grad(q, k, v, bias, table)
 
 
+def _triton_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    table: Tensor | None,
+    key_lengths: Tensor | None,
+    q_index: Tensor | None,
+    return_lse: bool,
+) -> str | None:
+    if q.shape[3] > TRITON_MAX_DIM:
+        return f"head dimension {q.shape[3]} is above {TRITON_MAX_DIM}, a tile of which fits a GPU"
+    return why_not_triton(q, k, v, bias) or refuse_grad(q, k, v, bias, table)
+
+
 def _torch_row(
     q: Tensor,
     k: Tensor,
@@ -168,6 +189,7 @@ def _torch_why_not(
 
 IMPLS = (
     Impl("native", _native_row, _native_why_not),
+    Impl("triton", triton_row("attention"), _triton_why_not),
     Impl("torch", _torch_row, _torch_why_not),
     Impl("ref", attention_ref, always),
 )

@@ -339,6 +339,37 @@ def test_values_out_of_range(row, change, message):
         attention(Q, Q, Q, **change, impl=row)
 
 
+def test_every_triton_config():
+    from fastdiff.kernels import attention as triton_attention
+
+    args, kwargs = make((2, 70, 75, 40), torch.bfloat16, "all")
+    bias, lengths, index = kwargs["bias"], kwargs["key_lengths"], kwargs["q_index"]
+    exact, exact_lse = eager(*cast(args, kwargs, torch.float64))
+    near, near_lse = eager(args, kwargs)
+    for config in triton_attention.CONFIGS:
+        out, lse = triton_attention.attention(
+            *args, 40**-0.5, None, *bias, lengths, index, config=config
+        )
+        testing.assert_close(out, exact, near, what=str(config))
+        testing.assert_close(lse, exact_lse, near_lse, what=str(config))
+
+
+@pytest.mark.parametrize(
+    "change, bad",
+    [
+        ({"key_lengths": torch.tensor([5, 2])}, (0, slice(None))),
+        ({"q_index": torch.tensor([[1, 4], [-7, 0]])}, ([0, 1], [1, 0])),
+        ({"bias": GROUPS._replace(query_group=torch.tensor([[0, 0, 1, 0]] * 2))}, (slice(None), 2)),
+        ({"bias": GROUPS._replace(key_group=torch.tensor([[0, 9, 0, 0]]))}, slice(None)),
+    ],
+)
+def test_triton_gives_nan_for_values_out_of_range(change, bad):
+    out = attention(Q, Q, Q, **change, impl="triton").transpose(1, 2)
+    assert out[bad].isnan().all()
+    out[bad] = 1.0
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
 def test_torch_row_refuses_what_sdpa_lacks():
     for kwargs, reason in (
         ({"bias": GROUPS}, "S x T"),
