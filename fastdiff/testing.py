@@ -13,7 +13,7 @@ import fastdiff
 from fastdiff.dispatch import Impl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Unit roundoff of the output's dtype: one rounding to it is allowed on top of twice the eager error.
+# Unit roundoff of the output's dtype: roundings to it are allowed on top of twice the eager error.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 # Rows of an op: full shapes in tests; 77 and 1152 are CLIP's length and DiT-XL's width.
 ROWS = (0, 1, 7, 64, 65, 77)
@@ -35,20 +35,23 @@ def cpu_level(name: str) -> Iterator[None]:
         fastdiff.set_cpu_level(before)
 
 
-def assert_close(got: Tensor, exact: Tensor, eager: Tensor, *, factor: float = 2.0, what: str = "") -> None:
-    """Error against float64 at most ``factor`` times that of the same-dtype eager op, plus roundings.
+def assert_close(
+    got: Tensor, exact: Tensor, eager: Tensor, *, factor: float = 2.0, what: str = ""
+) -> None:
+    """Error against float64 at most ``factor`` times that of eager torch, plus a few roundings.
 
     ``exact`` is the float64 result, ``eager`` what plain torch gives in the dtype of ``got``. The
     floor under the eager error is four roundoffs of the largest magnitude, for ops whose eager
-    error is 0 by luck.
+    error is 0 by luck. Infinities and NaN must lie where those of ``exact`` do.
     """
     assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, need {list(exact.shape)}"
     if got.numel() == 0:
         return
-    assert torch.equal(torch.isfinite(got), torch.isfinite(exact.to(got.dtype))), (
+    finite = torch.isfinite(exact.to(got.dtype))
+    special = got.double()[~finite], exact.to(got.dtype).double()[~finite]
+    assert torch.equal(torch.isfinite(got), finite) and torch.allclose(*special, equal_nan=True), (
         f"{what}: non-finite values differ"
     )
-    finite = torch.isfinite(exact.to(got.dtype))
     error = (got.double() - exact)[finite].abs().max() if finite.any() else torch.zeros(())
     base = (eager.double() - exact)[finite].abs().max() if finite.any() else torch.zeros(())
     size = exact[finite].abs().max() if finite.any() else torch.zeros(())
@@ -80,11 +83,14 @@ def lay(t: Tensor, layout: str) -> Tensor:
 @contextmanager
 def unchanged(*tensors: Tensor | None) -> Iterator[None]:
     """No hidden writes: every tensor holds the same bits after the block."""
-    kept = [(t, t.clone()) for t in tensors if t is not None]
+
+    def bits(t: Tensor) -> Tensor:
+        return t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+    kept = [(t, bits(t)) for t in tensors if t is not None]
     yield
     for t, before in kept:
-        same = torch.equal(t, before) or torch.equal(t.isnan(), before.isnan())
-        assert same, f"an input of shape {list(t.shape)} was written to"
+        assert torch.equal(bits(t), before), f"an input of shape {list(t.shape)} was written to"
 
 
 def check_compile(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -93,3 +99,44 @@ def check_compile(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     eager = fn(*args, **kwargs)
     compiled = torch.compile(fn, fullgraph=True)(*args, **kwargs)
     torch.testing.assert_close(compiled, eager, equal_nan=True)
+
+
+GUARD = 4096  # bytes; a multiple of every vector width and of the alignment of torch's allocator
+
+
+@contextmanager
+def guarded(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Contiguous copies of ``tensors`` between two zones that no kernel may write to.
+
+    The zones are full of NaN (0x7f bytes for other dtypes), so a read that strays into one shows up
+    in the result; on exit a write into one is an AssertionError.
+    """
+    buffers, copies = [], []
+    for t in tensors:
+        zone = GUARD // t.element_size()
+        buffer = torch.empty(t.numel() + 2 * zone, dtype=t.dtype, device=t.device)
+        if t.dtype.is_floating_point:
+            buffer.fill_(float("nan"))
+        else:
+            buffer.view(torch.uint8).fill_(0x7F)
+        copies.append(buffer[zone : zone + t.numel()].view(t.shape).copy_(t))
+        bits = buffer.view(torch.uint8)
+        buffers.append((bits, bits[:GUARD].clone(), bits[-GUARD:].clone()))
+    yield copies
+    for i, (bits, before, after) in enumerate(buffers):
+        assert torch.equal(bits[:GUARD], before), f"a write before the start of tensor {i}"
+        assert torch.equal(bits[-GUARD:], after), f"a write past the end of tensor {i}"
+
+
+def run_configs(
+    launch: Callable[..., Any], configs: Sequence[Any], *args: Any, **kwargs: Any
+) -> Iterator[tuple[str, Any]]:
+    """``(name, launch(*args, config=config))`` for every configuration of a Triton launcher.
+
+    Inputs are compared after each launch: no configuration may write to them.
+    """
+    assert configs, f"{launch.__name__}: no configuration"
+    for config in configs:
+        with unchanged(*(a for a in args if isinstance(a, Tensor))):
+            result = launch(*args, config=config, **kwargs)
+        yield str(config), result

@@ -1,4 +1,4 @@
-"""Runs every row with no GPU: triton kernels by its interpreter, uninitialised memory full of NaN."""
+"""Runs every row with no GPU: triton kernels interpreted, uninitialised memory full of NaN."""
 
 import os
 
@@ -6,6 +6,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from fastdiff import kernels  # noqa: E402
+
+if kernels.AVAILABLE and kernels.INTERPRET:
+    from fastdiff import testing_triton
+
+    testing_triton.install()
 
 
 def pytest_collection_modifyitems(items):

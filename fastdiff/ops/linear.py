@@ -1,6 +1,6 @@
 r"""A linear layer and the activation after it, through the fastest matrix product at hand.
 
-    y = act(x W^T + bias),   act in {identity, GELU (tanh form), SiLU}
+y = act(x W^T + bias),   act in {identity, GELU (tanh form), SiLU}
 """
 
 from __future__ import annotations

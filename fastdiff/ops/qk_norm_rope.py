@@ -81,7 +81,16 @@ IMPLS = (Impl("ref", qk_norm_rope_ref, always),)
 
 
 def row_args(
-    q, k, q_weight=None, k_weight=None, *, cos=None, sin=None, position=None, eps=1e-6, interleaved=True
+    q,
+    k,
+    q_weight=None,
+    k_weight=None,
+    *,
+    cos=None,
+    sin=None,
+    position=None,
+    eps=1e-6,
+    interleaved=True,
 ):
     """Check the public arguments and give those of a row."""
     op = "qk_norm_rope"
@@ -103,7 +112,9 @@ def row_args(
         for name, table in (("cos", cos), ("sin", sin)):
             check_tensor(op, name, table, dim=2)
             if table.device != q.device:
-                raise ValueError(f"{op}: {name} is on {table.device}, need {q.device}, the device of q")
+                raise ValueError(
+                    f"{op}: {name} is on {table.device}, need {q.device}, the device of q"
+                )
             if table.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{op}: {name} is {table.dtype}, need torch.float32")
         check_shape(op, "sin", sin, cos.shape)
@@ -202,9 +213,7 @@ def rope_table(
     return angle.cos().float(), angle.sin().float()
 
 
-def axial_rope(
-    height: int, width: int, dim: int, theta: float = 10000.0
-) -> tuple[Tensor, Tensor]:
+def axial_rope(height: int, width: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of a ``height x width`` grid of tokens, row by row: half the channels turn with the
     row, half with the column.
 
