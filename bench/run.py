@@ -8,7 +8,6 @@ bandwidth at the same byte count) are measured in the same run.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
 import gc
@@ -30,6 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastdiff  # noqa: E402
+from fastdiff.cli import Parser  # noqa: E402
 from fastdiff.info import processor  # noqa: E402
 
 ROOT = HERE.parent
@@ -335,8 +335,8 @@ def write_readme(table: str) -> None:
     path.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="fastdiff bench", description=(__doc__ or "").split("\n")[0])
+def parser() -> Parser:
+    p = Parser(prog="fastdiff bench", description=(__doc__ or "").split("\n")[0])
     p.add_argument("op", nargs="*", help=f"of: {', '.join(names())} (none: all of them)")
     p.add_argument("--quick", action="store_true", help="5 rounds of 5 ms: for a look, not a figure")
     p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")

@@ -86,10 +86,11 @@ def parser() -> Parser:
         "(default: both)",
     )
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
-    p.add_argument("--sampler", help="a sampler of fastdiff.samplers (default: the model card's)")
+    p.add_argument("--sampler", default="ddim", help="a name of fastdiff.samplers.SAMPLERS")
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 4 of each class)")
-    p.add_argument("--guidance", type=_finite(0, 1000), help="default: the model card's")
+    p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
+    p.add_argument("--guidance", type=_finite(0, 1000), default=2.0, help="1 is none (default: 2)")
     p.add_argument("--guidance-rescale", type=_finite(0, 1), default=0.0)
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -106,7 +107,16 @@ def parser() -> Parser:
     p.add_argument("--repeat", type=_whole(1, 1000), default=3, help="timed runs of --compare")
     p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
 
-    commands.add_parser("train", help="train a small model (--help lists its options)", add_help=False)
+    p = commands.add_parser("train", help="train one of the small models on digits, on the CPU")
+    p.add_argument("name", choices=MODELS)
+    p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and its card")
+    p.add_argument("--minutes", type=_finite(0.01, 100_000), default=30.0)
+    p.add_argument("--batch", type=_whole(1, 65_536), default=64)
+    p.add_argument("--lr", type=_finite(0, 1), default=1e-3)
+    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
+    p.add_argument("--resume", help="a checkpoint to go on from: its path or name")
+    p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
+
     commands.add_parser(
         "bench", help="time the ops against torch (--help lists its options)", add_help=False
     )
@@ -132,11 +142,23 @@ def bench(argv: Sequence[str]) -> int:
     return int(module.main(list(argv)))
 
 
-def train(argv: Sequence[str]) -> int:
-    """Run ``fastdiff.train``."""
-    from fastdiff.train import main as run
+def train(args: argparse.Namespace) -> int:
+    """Run :func:`fastdiff.train.train`."""
+    import torch
 
-    return int(run(list(argv)) or 0)
+    from fastdiff.train import Recipe
+    from fastdiff.train import train as run_training
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = Recipe(
+        minutes=args.minutes, batch=args.batch, lr=args.lr, seed=args.seed, resume=args.resume
+    )
+    try:
+        run_training(args.name, args.out, recipe, command=" ".join(["fastdiff", *sys.argv[1:]]))
+    except ImportError as error:  # the data's package is an optional dependency
+        raise UsageError(str(error)) from error
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -156,11 +178,11 @@ def run(argv: Sequence[str]) -> int:
     """Dispatch to the sub-command; raises on bad input."""
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
-    if argv[:1] == ["train"]:
-        return train(argv[1:])
     args = parser().parse_args(argv)
     if args.command == "info":
         return info(args)
+    if args.command == "train":
+        return train(args)
     from fastdiff import cli_sample
 
     return cli_sample.main(args)
@@ -170,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script; gives the exit code."""
     from fastdiff.dispatch import NoImpl
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return run(argv)
     except (ValueError, OSError, NoImpl) as error:  # anything else is a bug: let it show where

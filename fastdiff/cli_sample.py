@@ -23,6 +23,7 @@ from fastdiff import models
 from fastdiff.cli import MODELS, UsageError
 
 MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
+SIZE = 32  # of the bundled models, for a network that does not tell its own
 PAD, ZOOM = 2, 2  # pixels between pictures; whole-number enlargement
 
 
@@ -60,9 +61,8 @@ def save_grid(x: Tensor, columns: int, path: Path, facts: dict[str, Any]) -> Non
     image.save(path, pnginfo=text)
 
 
-def _pictures(card: dict[str, Any], args: argparse.Namespace) -> list[int]:
+def _labels(count: int, args: argparse.Namespace) -> list[int]:
     """The label of every picture: the classes, repeated to the batch size."""
-    count = int(card["num_classes"])
     classes = args.classes or list(range(count))
     bad = [label for label in classes if label >= count]
     if bad:
@@ -76,26 +76,26 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
-        self.model, self.card = models.load(name)
-        self.dtype = getattr(torch, args.dtype)
-        self.model = self.model.to(self.dtype)
-        self.labels = _pictures(self.card, args)
-        self.sampler = args.sampler or self.card.get("sampler", "ddim")
-        self.guidance = self.card.get("guidance", 1.0) if args.guidance is None else args.guidance
+        self.model = self.load()
+        self.labels = _labels(self.model.num_classes, args)
+        size = args.size or getattr(self.model, "input_size", SIZE)
+        self.shape = (len(self.labels), self.model.in_channels, size, size)
+
+    def load(self, plain: bool = False) -> Any:
+        """The network, or its twin in plain torch."""
+        return models.load(self.name, dtype=getattr(torch, self.args.dtype), plain=plain)[0]
 
     def draw(self, model: nn.Module, steps: int, progress: str = "") -> Tensor:
         """Pictures ``[B,C,H,W]``; the same noise in every call."""
-        size = self.card["image_size"]
-        shape = (len(self.labels), self.card["channels"], size, size)
         bar = tqdm(total=steps, desc=progress, disable=not progress, file=sys.stderr, leave=False)
         with bar:
             return fastdiff.sample(
                 model,
-                shape,
-                sampler=self.sampler,
+                self.shape,
+                sampler=self.args.sampler,
                 steps=steps,
                 classes=torch.tensor(self.labels),
-                guidance=self.guidance,
+                guidance=self.args.guidance,
                 guidance_rescale=self.args.guidance_rescale,
                 seed=self.args.seed,
                 callback=lambda *_: bar.update(),
@@ -105,7 +105,7 @@ class Job:
 def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
     """Time the same weights in plain torch: eager, and compiled where asked for."""
     args = job.args
-    plain = models.plain(job.model)
+    plain = job.load(plain=True)
     arms: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {
         "fastdiff": (job.model, nullcontext),
         "torch eager": (plain, lambda: fastdiff.use("ref")),
@@ -143,9 +143,9 @@ def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]
     seconds = time.perf_counter() - start
     report: dict[str, Any] = {
         "model": name,
-        "sampler": job.sampler,
+        "sampler": args.sampler,
         "steps": args.steps,
-        "guidance": job.guidance,
+        "guidance": args.guidance,
         "guidance_rescale": args.guidance_rescale,
         "seed": args.seed,
         "dtype": args.dtype,
@@ -159,7 +159,7 @@ def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]
     }
     if args.compare:
         compare(job, report, x)
-    columns = min(len(job.labels), len(args.classes or range(job.card["num_classes"])), 20)
+    columns = min(len(job.labels), len(args.classes or range(job.model.num_classes)), 20)
     facts = {k: v for k, v in report.items() if k not in ("rows", "compare", "seconds", "out")}
     save_grid(x, columns, out, facts)
     return report

@@ -13,13 +13,19 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import _native, ops
+from fastdiff.ops.fused_step import COLUMNS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-New = Callable[..., Tensor]  # new(*shape) in the dtype and on the device asked for
+New = Callable[..., Tensor]  # new(*shape, dtype=...), on the device asked for
 
 # One typical call of every op: widths of DiT-S/2 and SD's U-Net. test_layout.py: every op has one.
 CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "attention": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(2, 6, 256, 64)),
+    "fused_step": lambda new: (
+        new(2, 4, 64, 64),
+        new(1, 2, 4, 64, 64),
+        new(1, len(COLUMNS), dtype=torch.float32),
+    ),
     "gate_residual": lambda new: (new(2, 256, 384), new(2, 256, 384), new(2, 384)),
     "gate_residual_norm_modulate": lambda new: (
         new(2, 256, 384),
@@ -33,6 +39,7 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "group_norm_silu": lambda new: (new(2, 320, 32, 32), 32, new(320), new(320)),
     "layer_norm_modulate": lambda new: (new(2, 256, 384), new(2, 384), new(2, 384)),
     "linear": lambda new: (new(2, 256, 384), new(1152, 384), new(1152)),
+    "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
 }
 
@@ -65,7 +72,9 @@ def why(op: str, dtype: torch.dtype, device: str) -> dict[str, str | None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        args = CALLS[op](lambda *shape: torch.empty(shape, dtype=dtype, device=device))
+        args = CALLS[op](
+            lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)
+        )
         return fastdiff.explain(getattr(ops, op), *args)
 
 
