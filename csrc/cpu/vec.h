@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "level.h"
 
@@ -21,6 +22,17 @@
 #define FD_INLINE inline __attribute__((always_inline))
 
 FASTDIFF_KERNEL_BEGIN
+
+// Work memory of a kernel; contents undefined.
+template <class E>
+struct Scratch {
+  E* data;
+  explicit Scratch(size_t count)
+      : data(static_cast<E*>(::operator new(count * sizeof(E), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -89,12 +101,16 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   FD_INLINE __m256i to_bf16() const {
+#ifdef __AVX512BF16__  // one instruction; float32 denormals become 0
+    return __m256i(_mm512_cvtneps_pbh(v));
+#else
     __m512i u = _mm512_castps_si512(v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     r = _mm512_mask_set1_epi32(r, nan, 0x7fc0);
     return _mm512_cvtepi32_epi16(r);
+#endif
   }
   FD_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   FD_INLINE float max() const { return _mm512_reduce_max_ps(v); }
@@ -121,6 +137,12 @@ FD_INLINE Vec copysign(Vec magnitude, Vec sign) {
 FD_INLINE Vec keep_nan(Vec result, Vec x) {  // result, but x where x is NaN
   return _mm512_mask_mov_ps(result.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), x.v);
 }
+FD_INLINE Vec first(Vec a, int n) { return _mm512_maskz_mov_ps(Vec::mask(n), a.v); }  // 0 past lane n
+// exp2 in two steps: a - floor(a), and p * 2^floor(a) (0 or infinite out of range).
+FD_INLINE Vec fraction(Vec a) {
+  return _mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+FD_INLINE Vec scale2_floor(Vec p, Vec a) { return _mm512_scalef_ps(p.v, a.v); }
 // a < b ? yes : no
 FD_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v);
@@ -215,6 +237,13 @@ FD_INLINE Vec copysign(Vec magnitude, Vec sign) {
 FD_INLINE Vec keep_nan(Vec result, Vec x) {
   return _mm256_blendv_ps(result.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
 }
+FD_INLINE Vec first(Vec a, int n) { return _mm256_and_ps(a.v, _mm256_castsi256_ps(Vec::mask(n))); }
+FD_INLINE Vec fraction(Vec a) { return _mm256_sub_ps(a.v, _mm256_floor_ps(a.v)); }
+FD_INLINE Vec scale2_floor(Vec p, Vec a) {  // clamped: 2^-126 for 0, 2^127 for infinite
+  __m256 n = _mm256_floor_ps(vmax(vmin(a, Vec(127.0f)), Vec(-126.0f)).v);
+  __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(p.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 FD_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
@@ -255,6 +284,46 @@ FD_INLINE Vec vgelu_tanh(Vec x) {
   Vec inner = x * fma(x * x, Vec(0.044715f * 1.5957691216057308f), Vec(1.5957691216057308f));
   Vec y = x / (Vec(1.0f) + vexp(Vec(0.0f) - inner));
   return keep_nan(y, x);
+}
+
+// Full vectors and the masked tail of a row through one generic body(i, part).
+struct Full {
+  template <class T>
+  FD_INLINE Vec load(const T* p) const { return Vec::load(p); }
+  template <class T>
+  FD_INLINE void store(Vec v, T* p) const { v.store(p); }
+  FD_INLINE Vec keep(Vec v) const { return v; }
+};
+struct Tail {
+  int n;
+  template <class T>
+  FD_INLINE Vec load(const T* p) const { return Vec::load(p, n); }
+  template <class T>
+  FD_INLINE void store(Vec v, T* p) const { v.store(p, n); }
+  FD_INLINE Vec keep(Vec v) const { return first(v, n); }
+};
+
+template <class F>
+FD_INLINE void each(int64_t dim, F body) {
+  int64_t i = 0;
+  for (; i + Vec::width <= dim; i += Vec::width) body(i, Full{});
+  if (i < dim) body(i, Tail{int(dim - i)});
+}
+
+// Sums of K quantities over a row; four chains of additions hide their latency.
+template <int K, class F>
+FD_INLINE void sum_each(int64_t dim, float (&sums)[K], F body) {
+  Vec acc[4][K];
+  for (auto& chain : acc)
+    for (auto& v : chain) v = Vec(0.0f);
+  constexpr int W = Vec::width;
+  int64_t i = 0;
+  for (; i + 4 * W <= dim; i += 4 * W)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) body(i + u * W, Full{}, acc[u]);
+  for (; i + W <= dim; i += W) body(i, Full{}, acc[0]);
+  if (i < dim) body(i, Tail{int(dim - i)}, acc[0]);
+  for (int k = 0; k < K; ++k) sums[k] = ((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k])).sum();
 }
 
 FASTDIFF_KERNEL_END

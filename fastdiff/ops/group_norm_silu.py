@@ -1,6 +1,6 @@
 r"""Group normalisation (Wu & He 2018, arXiv:1803.08494) with the SiLU after it, as in the residual
-blocks of diffusion U-Nets (Ho et al. 2020, arXiv:2006.11239; scale and shift: Nichol & Dhariwal 2021,
-arXiv:2102.09672).
+blocks of diffusion U-Nets (Ho et al. 2020, arXiv:2006.11239; with scale and shift: Nichol &
+Dhariwal 2021, arXiv:2102.09672).
 
     h = (x - mean_g x) / sqrt(var_g x + eps)      over the C/G channels and all positions of a group
     y = silu((h weight + bias) (1 + scale) + shift),   silu(u) = u / (1 + exp(-u))
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import check_finite, check_like, check_shape, check_tensor, wide
 
 
@@ -44,12 +45,18 @@ def group_norm_silu_ref(
     return y.movedim(1, -1).contiguous().movedim(-1, 1) if _channels_last(x) else y.contiguous()
 
 
-IMPLS = (Impl("ref", group_norm_silu_ref, always),)
+def _native_why_not(x, num_groups, weight, bias, shift, scale, eps, silu) -> str | None:
+    tensors = (x, weight, bias, shift, scale)
+    return why_not_native(*tensors) or refuse_grad(*tensors)
 
 
-def row_args(
-    x, num_groups, weight=None, bias=None, *, shift=None, scale=None, eps=1e-5, silu=True
-):
+IMPLS = (
+    Impl("native", native("group_norm_silu"), _native_why_not),
+    Impl("ref", group_norm_silu_ref, always),
+)
+
+
+def row_args(x, num_groups, weight=None, bias=None, *, shift=None, scale=None, eps=1e-5, silu=True):
     """Check the public arguments and give those of a row."""
     op = "group_norm_silu"
     check_tensor(op, "x", x, min_dim=2)
@@ -106,3 +113,12 @@ def group_norm_silu(
     """
     args = row_args(x, num_groups, weight, bias, shift=shift, scale=scale, eps=eps, silu=silu)
     return pick("group_norm_silu", IMPLS, impl, *args)(*args)
+
+
+if hasattr(torch.ops.fastdiff, "group_norm_silu"):
+
+    @torch.library.register_fake("fastdiff::group_norm_silu")
+    def _(x, num_groups, weight, bias, shift, scale, eps, silu):
+        if _channels_last(x):
+            return torch.empty_like(x.movedim(1, -1)).movedim(-1, 1)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)

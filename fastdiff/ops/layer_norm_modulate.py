@@ -1,20 +1,24 @@
 r"""The norms of a DiT block (Peebles & Xie 2023, arXiv:2212.09748, adaLN-Zero; LayerNorm: Ba et al.
 2016, arXiv:1607.06450; RMS: Zhang & Sennrich 2019, arXiv:1910.07467), alone and as one chain.
 
-    r = x + gate y                                                      gate_residual
-    h = (r - mean_d r) / sqrt(var_d r + eps)      or   r / sqrt(mean_d r^2 + eps)  with rms
-    m = (h weight + bias) (1 + scale) + shift                           layer_norm_modulate, of x for r
+    r = x + gate y                                            gate_residual
+    h = (r - mean_d r) / sqrt(var_d r + eps)                  or r / sqrt(mean_d r^2 + eps)  (rms)
+    m = (h weight + bias) (1 + scale) + shift                 layer_norm_modulate, with x for r
 
-``gate_residual_norm_modulate`` gives (r, m); m is that of r before its rounding to the output's dtype.
+``gate_residual_norm_modulate`` gives (r, m), with m from r before r is rounded to its dtype.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import (
     check_finite,
     check_last,
@@ -26,7 +30,7 @@ from fastdiff.ops._check import (
 
 
 def _tokens(m: Tensor) -> Tensor:
-    """A modulation ``[B, D]`` or ``[B, N, D]``, widened, so that it broadcasts over ``[B, N, D]``."""
+    """A modulation ``[B, D]`` or ``[B, N, D]``, widened and ready to broadcast over tokens."""
     return wide(m).unsqueeze(1) if m.dim() == 2 else wide(m)
 
 
@@ -86,9 +90,21 @@ def gate_residual_norm_modulate_ref(
     return r.to(x.dtype), m.to(x.dtype)
 
 
-LAYER_NORM_MODULATE = (Impl("ref", layer_norm_modulate_ref, always),)
-GATE_RESIDUAL = (Impl("ref", gate_residual_ref, always),)
-GATE_RESIDUAL_NORM_MODULATE = (Impl("ref", gate_residual_norm_modulate_ref, always),)
+def _native_why_not(*args: Any) -> str | None:
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    return why_not_native(*tensors) or refuse_grad(*tensors)
+
+
+def _rows(op: str, ref: Callable[..., Any]) -> tuple[Impl, ...]:
+    return (
+        Impl("native", native(op), _native_why_not),
+        Impl("ref", ref, always),
+    )
+
+
+LAYER_NORM_MODULATE = _rows("layer_norm_modulate", layer_norm_modulate_ref)
+GATE_RESIDUAL = _rows("gate_residual", gate_residual_ref)
+GATE_RESIDUAL_NORM_MODULATE = _rows("gate_residual_norm_modulate", gate_residual_norm_modulate_ref)
 
 
 def _check_modulation(op: str, x: Tensor, **modulations: Tensor | None) -> None:
@@ -99,9 +115,7 @@ def _check_modulation(op: str, x: Tensor, **modulations: Tensor | None) -> None:
             check_shape(op, name, m, (B, D), (B, N, D))
 
 
-def _check_norm(
-    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
+def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     for name, w in (("weight", weight), ("bias", bias)):
         if w is not None:
             check_like(op, name, w, x)
@@ -122,6 +136,7 @@ def _check_residual(op: str, x: Tensor, y: Tensor, gate: Tensor) -> None:
     check_tensor(op, "x", x, dim=3)
     check_like(op, "y", y, x)
     check_shape(op, "y", y, x.shape)
+    check_like(op, "gate", gate, x)
     _check_modulation(op, x, gate=gate)
 
 
@@ -187,7 +202,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, impl: str | None = None
 
     Args:
         x, y: ``[B, N, D]``; float16, bfloat16 or float32 (float64 on the reference row).
-        gate: ``[B, D]`` (one per sample) or ``[B, N, D]`` (one per token), dtype and device of ``x``.
+        gate: ``[B, D]`` (one per sample) or ``[B, N, D]`` (one per token), dtype and device of
+            ``x``.
         impl: row of the table to force; None takes the first that accepts.
 
     Returns:
@@ -235,3 +251,22 @@ def gate_residual_norm_modulate(
     """
     args = _chain_row_args(x, y, gate, shift, scale, weight=weight, bias=bias, eps=eps, rms=rms)
     return pick("gate_residual_norm_modulate", GATE_RESIDUAL_NORM_MODULATE, impl, *args)(*args)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+if hasattr(torch.ops.fastdiff, "layer_norm_modulate"):
+
+    @torch.library.register_fake("fastdiff::layer_norm_modulate")
+    def _(x, shift, scale, weight, bias, eps, rms):
+        return _contiguous_like(x)
+
+    @torch.library.register_fake("fastdiff::gate_residual")
+    def _(x, y, gate):
+        return _contiguous_like(x)
+
+    @torch.library.register_fake("fastdiff::gate_residual_norm_modulate")
+    def _(x, y, gate, shift, scale, weight, bias, eps, rms):
+        return _contiguous_like(x), _contiguous_like(x)

@@ -1,0 +1,32 @@
+"""Group norm and SiLU of a U-Net: 320 channels at 64 x 64, 1280 at 16 x 16, both layouts."""
+
+from __future__ import annotations
+
+import torch
+from _case import Case
+from torch.nn import functional as F
+
+from fastdiff.ops import group_norm_silu
+
+
+def cases() -> list[Case]:
+    result = []
+    for shape in ((2, 320, 64, 64), (2, 1280, 16, 16)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(shape).to(dtype).to(memory_format=layout)
+                weight, bias = torch.randn(2, shape[1]).to(dtype)
+                out = torch.empty_like(x)
+                result.append(
+                    Case(
+                        f"{list(shape)} {str(dtype)[6:]} {str(layout)[6:]}",
+                        lambda a=(x, 32, weight, bias): group_norm_silu(*a),
+                        {
+                            "eager": lambda a=(x, 32, weight, bias): F.silu(F.group_norm(*a)),
+                            "copy": lambda x=x, o=out: o.copy_(x),
+                        },
+                        bytes=2.0 * x.numel() * x.element_size(),
+                        target=2.0,
+                    )
+                )
+    return result
