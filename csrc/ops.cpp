@@ -24,6 +24,15 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "
       "Tensor? scale, float eps, bool silu) -> Tensor");
+  // x [B,...]; m [K,B,...]; w [B,K]; coef [n,14]; step, noise_step [1|B]; rescale, seed, slot, select [B];
+  // mask [B|1,C|1,...]; h1, h2, ref, stored like x. -> (next state, history entry or [0])
+  m.def(
+      "fused_step(Tensor x, Tensor m, Tensor? w, Tensor coef, Tensor? step, Tensor? h1, Tensor? h2, "
+      "Tensor? rescale, Tensor? seed, Tensor? slot, Tensor? noise_step, int stream, Tensor? mask, "
+      "Tensor? ref, Tensor? select, Tensor? stored, bool keep) -> (Tensor, Tensor)");
+  // seed, slot [B]; step [1|B] -> float32 [B, numel]
+  m.def(
+      "philox_normal(Tensor seed, Tensor slot, Tensor step, int stream, SymInt numel) -> Tensor");
   m.def("geglu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64

@@ -1,5 +1,5 @@
-r"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), in a limited interval of noise levels
-(Kynkaanniemi et al. 2024, arXiv:2404.07724).
+r"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), in a limited interval of noise
+levels (Kynkaanniemi et al. 2024, arXiv:2404.07724).
 
     m = (1 - g) m_unconditional + g m_conditional
 """

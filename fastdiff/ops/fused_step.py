@@ -10,28 +10,30 @@ With row ``(a_x, a_m, c_x, c_0, c_m, c_h1, c_h2, sigma, k_x, k_0, k_m, clip, r_a
     x'  = M x' + (1 - M) (r_a ref + r_b z_ref)               regions
     x'[b] = stored[b] where select[b]                        stored trajectories
 
-An epsilon re-derived from the clipped ``x0`` is ``(x - alpha x0) / sigma``, so it needs no column of
-its own: it goes into ``c_x`` and ``c_0``.
+An epsilon re-derived from the clipped ``x0`` is ``(x - alpha x0) / sigma``, so it needs no column
+of its own: it goes into ``c_x`` and ``c_0``.
 
 Noise is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with
-Box-Muller. Sample ``b`` has the key ``seed[b]`` (low word, high word) and the counters ``(j, slot[b],
-step, stream)``. Element ``i`` of a sample is word ``i % 64 // 16`` of counter ``j = i // 64 * 16 +
-i % 16``: 16 neighbours come from 16 counters, which is what vector units want. Words ``(r0, r1)``
-give words 0 and 1 of the noise, ``(r2, r3)`` words 2 and 3:
+Box-Muller. Sample ``b`` has the key ``seed[b]`` (low word, high word) and the counters ``(j,
+slot[b], step, stream)``. Element ``i`` of a sample is word ``i % 64 // 16`` of counter ``j = i //
+64 * 16 + i % 16``: 16 neighbours come from 16 counters, which is what vector units want. Words
+``(r0, r1)`` give words 0 and 1 of the noise, ``(r2, r3)`` words 2 and 3:
 
-    u = float32(float32(r0) 2^-32 + 2^-33),  z0 = sqrt(-2 ln u) cos(2 pi r1 2^-32),  z1 = ... sin(...)
+    u = float32(float32(r0) 2^-32 + 2^-33),  (z0, z1) = sqrt(-2 ln u) (cos, sin)(2 pi r1 2^-32)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_index, check_like, check_shape, check_tensor, wide
 
 COLUMNS = (
@@ -43,10 +45,10 @@ MAX_ELEMENTS = 2**34  # per sample: the element counter has 32 bits and gives 4 
 
 
 class Noise(NamedTuple):
-    """Which noise a step draws: ``philox_normal(x.shape, *noise)``; ``z_ref`` has ``stream + 1``."""
+    """Which noise a step draws: ``philox_normal(x.shape, *noise)``, ``z_ref`` at ``stream + 1``."""
 
-    seed: Tensor  # [B] int64
-    slot: Tensor | int = 0  # [B] int64 or one for all, in [0, 2**32)
+    seed: Tensor | int  # [B] int64, or one for all in [0, 2**63)
+    slot: Tensor | int | None = None  # [B] int64 or one for all, in [0, 2**32); None: philox_normal
     step: Tensor | int = 0  # [], [1] or [B] int64, in [0, 2**32)
     stream: int = 0
 
@@ -63,10 +65,8 @@ def _philox_words(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def philox_normal_ref(
-    seed: Tensor, slot: Tensor, step: Tensor, stream: int, numel: int
-) -> Tensor:
-    """The specification: ``[B, numel]`` float32; integers exact, Box-Muller in float64, one rounding."""
+def philox_normal_ref(seed: Tensor, slot: Tensor, step: Tensor, stream: int, numel: int) -> Tensor:
+    """The specification: ``[B, numel]``; exact integers, Box-Muller in float64, one rounding."""
     low = 0xFFFFFFFF
     batch, groups = seed.shape[0], -(-numel // GROUP)
     j = torch.arange(groups * 16, device=seed.device).view(1, groups, 16)
@@ -81,6 +81,14 @@ def philox_normal_ref(
         z += [radius * torch.cos(angle), radius * torch.sin(angle)]
     block = torch.stack([t.expand(batch, groups, 16) for t in z], 2)
     return block.reshape(batch, groups * GROUP)[:, :numel].float()
+
+
+def _std(t: Tensor) -> Tensor:
+    """``[B, 1, ...]``; shifted by the first element: no cancellation, exactly 0 for a constant."""
+    flat = t.flatten(1)
+    shifted = flat - flat[:, :1]
+    centred = shifted - shifted.mean(1, keepdim=True)
+    return centred.square().mean(1).sqrt().view(-1, *[1] * (t.dim() - 1))
 
 
 def fused_step_ref(
@@ -126,11 +134,10 @@ def fused_step_ref(
         for k in range(1, m.shape[0]):
             guided = guided + per_sample(w[:, k]) * branches[k]
     if rescale is not None:
-        dims = tuple(range(1, x.dim()))
-        std = guided.std(dims, keepdim=True, correction=0)
-        ratio = branches[-1].std(dims, keepdim=True, correction=0) / std.where(std > 0, 1.0)
+        std = _std(guided)
+        ratio = _std(branches[-1]) / std.where(std != 0, 1.0)
         phi = per_sample(rescale)
-        guided = guided * torch.where((phi != 0) & (std > 0), phi * ratio + (1 - phi), 1.0)
+        guided = guided * torch.where((phi != 0) & (std != 0), phi * ratio + (1 - phi), 1.0)
     x0 = torch.minimum(torch.maximum(a_x * x32 + a_m * guided, -clip), clip)
     y = c_x * x32 + c_0 * x0 + c_m * guided
     if h1 is not None:
@@ -151,8 +158,34 @@ def fused_step_ref(
     return y.contiguous(), kept.to(x.dtype).contiguous()
 
 
-IMPLS = (Impl("ref", fused_step_ref, always),)
-NOISE_IMPLS = (Impl("ref", philox_normal_ref, always),)
+def _native_why_not(*args: Any) -> str | None:
+    x, m, w, _, _, h1, h2, rescale, *_ = args
+    return why_not_native(x, m) or refuse_grad(x, m, w, h1, h2, rescale)
+
+
+def _triton_why_not(*args: Any) -> str | None:
+    x, m, w, _, _, h1, h2, rescale, *_ = args
+    return why_not_triton(x, m) or refuse_grad(x, m, w, h1, h2, rescale)
+
+
+def _native_noise_why_not(seed: Tensor, *_: Any) -> str | None:
+    return why_not_native(seed, dtypes=(torch.int64,))
+
+
+def _triton_noise_why_not(seed: Tensor, *_: Any) -> str | None:
+    return why_not_triton(seed.new_empty(0, dtype=torch.float32))
+
+
+IMPLS = (
+    Impl("native", native("fused_step"), _native_why_not),
+    Impl("triton", triton_row("fused_step"), _triton_why_not),
+    Impl("ref", fused_step_ref, always),
+)
+NOISE_IMPLS = (
+    Impl("native", native("philox_normal"), _native_noise_why_not),
+    Impl("triton", triton_row("fused_step", "philox_normal"), _triton_noise_why_not),
+    Impl("ref", philox_normal_ref, always),
+)
 
 
 def _check_word(op: str, name: str, value: object, high: int = 2**32) -> int:
@@ -166,7 +199,11 @@ def _counters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seed``, ``slot``, ``step`` as int64 [B] or [1] tensors on ``device``."""
     out = []
-    for name, value in zip(("seed", "slot", "step"), noise[:3], strict=True):
+    slot = noise.slot
+    if slot is None:
+        slot = 0 if isinstance(noise.seed, Tensor) else torch.arange(batch, device=device)
+    values = (noise.seed, slot, noise.step)
+    for name, value in zip(("seed", "slot", "step"), values, strict=True):
         if isinstance(value, Tensor):
             if value.dtype != torch.int64 or value.device != device:
                 raise ValueError(
@@ -183,11 +220,15 @@ def _counters(
     return out[0].expand(batch).contiguous(), out[1].expand(batch).contiguous(), out[2]
 
 
-def _row_index(op: str, coef: Tensor, step: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``coef`` as [rows, R] and ``step`` as [1] or [B] row indices, or None: row b (or the only one)."""
+def _row_index(
+    op: str, coef: Tensor, step: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``coef`` as [n, R], ``step`` as [1] or [B] row indices (None: row b, or the only one)."""
     batch, width = x.shape[0], len(COLUMNS)
     if not isinstance(coef, Tensor) or coef.dtype != torch.float32 or coef.device != x.device:
-        found = f"{coef.dtype} on {coef.device}" if isinstance(coef, Tensor) else type(coef).__name__
+        found = (
+            f"{coef.dtype} on {coef.device}" if isinstance(coef, Tensor) else type(coef).__name__
+        )
         raise ValueError(f"{op}: coef is {found}, need torch.float32 on {x.device}")
     if coef.dim() not in (1, 2) or coef.shape[-1] != width:
         raise ValueError(
@@ -222,7 +263,9 @@ def _branches(x: Tensor, m: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | 
         )
     if w is None:
         if m.shape[0] != 1:
-            raise ValueError(f"fused_step: m has {m.shape[0]} branches and w is None, need w [B, K]")
+            raise ValueError(
+                f"fused_step: m has {m.shape[0]} branches and w is None, need w [B, K]"
+            )
         return m, None
     check_tensor("fused_step", "w", w)
     if w.device != x.device:
@@ -297,7 +340,7 @@ def row_args(
 def noise_row_args(
     shape: Sequence[int],
     seed: Tensor | int,
-    slot: Tensor | int = 0,
+    slot: Tensor | int | None = None,
     step: Tensor | int = 0,
     stream: int = 0,
     *,
@@ -313,7 +356,7 @@ def noise_row_args(
         raise ValueError(f"{op}: {numel} elements a sample, need at most {MAX_ELEMENTS}")
     if device is None:
         device = next((t.device for t in (seed, slot, step) if isinstance(t, Tensor)), "cpu")
-    noise = Noise(seed, slot, step, stream)  # type: ignore[arg-type]
+    noise = Noise(seed, slot, step, stream)
     return (*_counters(op, shape[0], torch.device(device), noise), stream, numel)
 
 
@@ -346,8 +389,8 @@ def fused_step(
         m: model output, ``x.shape`` or ``[K, *x.shape]``, in any float dtype.
         coef: float32 rows of ``COLUMNS``: ``[R]``; ``[B, R]``, one a sample; or with ``step`` a
             table ``[n, R]``. ``clip`` is inf for no clipping.
-        step: int64 ``[]``, ``[1]`` or ``[B]``: row of the table, read on the device. Out of range is
-            an error on the cpu; on a GPU it is clamped, as a check would wait for the device.
+        step: int64 ``[]``, ``[1]`` or ``[B]``: row of the table, read on the device. Out of range
+            is an error on the cpu; on a GPU it is clamped, as a check would wait for the device.
         w: ``[K]`` or ``[B, K]``, weights of the branches; needed where K > 1. Classifier-free
             guidance with ``m = (unconditional, conditional)`` is ``(1 - g, g)``.
         rescale: phi in [0, 1], or a tensor ``[]`` or ``[B]``: guidance rescale (arXiv:2305.08891)
@@ -379,7 +422,7 @@ def fused_step(
 def philox_normal(
     shape: Sequence[int],
     seed: Tensor | int,
-    slot: Tensor | int = 0,
+    slot: Tensor | int | None = None,
     step: Tensor | int = 0,
     stream: int = 0,
     *,
@@ -392,7 +435,8 @@ def philox_normal(
     Args:
         shape: ``[B, ...]``; at most 2**34 elements a sample.
         seed: int64 ``[B]``, or one integer in [0, 2**63) for all samples.
-        slot: int64 ``[B]`` or one integer in [0, 2**32): which sample of a run.
+        slot: int64 ``[B]`` or one integer in [0, 2**32): which sample of a run. None: 0 where each
+            sample has its own seed, else 0..B-1.
         step: int64 ``[]``, ``[1]`` or ``[B]``, or an integer in [0, 2**32): which step of a run.
         stream: integer in [0, 2**32 - 1): which use within a step.
         device: None takes that of a tensor argument, else the cpu.
@@ -400,8 +444,8 @@ def philox_normal(
         impl: row of ``NOISE_IMPLS`` to force; None takes the first that accepts.
 
     Returns:
-        ``shape`` in ``dtype``. The integers behind it are the same in every row; the values agree to
-        a few float32 roundings.
+        ``shape`` in ``dtype``. The integers behind it are the same in every row; the values agree
+        to a few float32 roundings.
 
     Raises:
         ValueError: a counter is out of range, or has the wrong shape, dtype or device.
@@ -409,3 +453,15 @@ def philox_normal(
     """
     args = noise_row_args(shape, seed, slot, step, stream, device=device, dtype=dtype)
     return pick("philox_normal", NOISE_IMPLS, impl, *args)(*args).view(*shape).to(dtype)
+
+
+if hasattr(torch.ops.fastdiff, "fused_step"):
+
+    @torch.library.register_fake("fastdiff::fused_step")
+    def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return y, torch.empty_like(y) if args[-1] else x.new_empty(0)
+
+    @torch.library.register_fake("fastdiff::philox_normal")
+    def _(seed: Tensor, slot: Tensor, step: Tensor, stream: int, numel: int) -> Tensor:
+        return seed.new_empty((seed.shape[0], numel), dtype=torch.float32)

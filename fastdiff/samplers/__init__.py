@@ -1,15 +1,38 @@
 """Samplers: one small file per method, each a table of coefficients that ``fused_step`` runs."""
 
 from fastdiff.samplers.ddim import DDIM
+from fastdiff.samplers.ddpm import DDPM
+from fastdiff.samplers.dpmpp import DPMpp2M
+from fastdiff.samplers.heun import Euler, Heun
+from fastdiff.samplers.lcm import LCM
 from fastdiff.samplers.sample import SAMPLERS, sample
-from fastdiff.samplers.schedule import VP, Flow, alphas_cumprod, karras_sigmas, timesteps
-from fastdiff.samplers.table import Sampler, Schedule, Table
+from fastdiff.samplers.schedule import (
+    EDM,
+    VP,
+    Flow,
+    Given,
+    Levels,
+    Schedule,
+    alphas_cumprod,
+    karras_sigmas,
+    timesteps,
+    zero_terminal_snr,
+)
+from fastdiff.samplers.table import Sampler, Table
 
 __all__ = [
     "DDIM",
+    "DDPM",
+    "EDM",
+    "LCM",
     "SAMPLERS",
     "VP",
+    "DPMpp2M",
+    "Euler",
     "Flow",
+    "Given",
+    "Heun",
+    "Levels",
     "Sampler",
     "Schedule",
     "Table",
@@ -17,4 +40,5 @@ __all__ = [
     "karras_sigmas",
     "sample",
     "timesteps",
+    "zero_terminal_snr",
 ]

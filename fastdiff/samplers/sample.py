@@ -12,12 +12,22 @@ from torch import Tensor
 from fastdiff.guidance import ClassifierFree
 from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
 from fastdiff.samplers.ddim import DDIM
-from fastdiff.samplers.schedule import VP, Flow
-from fastdiff.samplers.table import PREDICTIONS, Sampler, Schedule
+from fastdiff.samplers.ddpm import DDPM
+from fastdiff.samplers.dpmpp import DPMpp2M
+from fastdiff.samplers.heun import Euler, Heun
+from fastdiff.samplers.lcm import LCM
+from fastdiff.samplers.schedule import EDM, VP, Flow, Schedule
+from fastdiff.samplers.table import PREDICTIONS, Sampler
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": DDIM(),
-    "flow_euler": DDIM(),
+    "ddpm": DDPM(),
+    "dpmpp_2m": DPMpp2M(),
+    "dpmpp_2m_sde": DPMpp2M(sde=True),
+    "euler": Euler(),
+    "flow_euler": Euler(),
+    "heun": Heun(),
+    "lcm": LCM(),
 }
 # Philox streams of a run; a step's region noise is its stream + 1.
 STEP_STREAM, REGION_STREAM, START_STREAM = 0, 1, 2
@@ -43,20 +53,23 @@ def _guidance(
     if isinstance(scale, Tensor):
         if scale.shape not in ((), (batch,)) or not scale.is_floating_point():
             raise ValueError(
-                f"sample: guidance is {scale.dtype} {list(scale.shape)}, need floats [] or [{batch}]"
+                f"sample: guidance is {scale.dtype} {list(scale.shape)}, "
+                f"need floats [] or [{batch}]"
             )
         scale = scale.to(device)
     elif not isinstance(scale, int | float) or not math.isfinite(scale):
         raise _need("guidance", scale, "a finite number or a tensor [B]")
     if interval is not None:
         if len(interval) != 2 or not interval[0] <= interval[1]:
-            raise _need("guidance_interval", interval, "(low, high) in model time 0..1000, low <= high")
+            raise _need(
+                "guidance_interval", interval, "(low, high) in model time 0..1000, low <= high"
+            )
         interval = (float(interval[0]), float(interval[1]))
     return ClassifierFree(scale, interval)
 
 
 def _counters(seed: int | Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seeds and slots [B]: one integer numbers the samples by slot, a tensor gives each its own seed."""
+    """Seeds and slots [B]: one integer numbers samples by slot, a tensor gives each its own."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.shape != (batch,):
             raise ValueError(
@@ -110,29 +123,31 @@ def sample(
     """Sample from a diffusion or flow model.
 
     Args:
-        model: ``model(x [B, C, ...], t [B] float32, y [B] int64 or None) -> [B, C or 2C, ...]``; of 2C
-            channels (learned variance) the first C are used. ``t`` is in 0..1000 for every kind of
-            model: the training timestep, or 1000 times the time of a flow (1000 is noise).
+        model: ``model(x [B, C, ...], t [B] float32, y [B] int64 or None) -> [B, C or 2C, ...]``;
+            of 2C channels (learned variance) the first C are used. ``t`` is in 0..1000 for every
+            kind of model: the training timestep, or 1000 times the time of a flow (1000 is noise).
             ``model.num_classes`` is the index of the null class.
         x: the state at the first level (noise), or its shape: then noise is drawn from ``seed``.
         sampler: a name of ``SAMPLERS``, or a sampler object.
-        steps: noise levels to visit, at least 1.
+        steps: noise levels to visit, at least 1; "heun" calls the model twice at all but the first.
         classes: int64 ``[B]``; None: the null class, or no class where the model has none.
-        guidance: classifier-free guidance scale g, or one a sample ``[B]``; 1 runs no unconditional
-            branch. The model is called once with 2B rows, unconditional first.
+        guidance: classifier-free guidance scale g, or one a sample ``[B]``; 1 runs no
+            unconditional branch. The model is called once with 2B rows, unconditional first.
         guidance_rescale: phi of arXiv:2305.08891; 0 is off.
-        guidance_interval: ``(low, high)`` in model time; outside it the model runs B rows, unguided.
-        seed: one integer (sample b draws from slot b), or int64 ``[B]``: a sample then gives the same
-            result in any batch, as far as the model itself does.
+        guidance_interval: ``(low, high)`` in model time; outside it the model runs B rows,
+            unguided.
+        seed: one integer (sample b draws from slot b), or int64 ``[B]``: a sample then gives the
+            same result in any batch, as far as the model itself does.
         clip: x0 predictions are clipped to ``[-clip, clip]``; None: not at all.
         mask: ``[B|1, C|1, ...]``: 1 is generated, 0 is taken from ``reference`` at its noise level.
         reference: ``[B, C, ...]``, clean; with ``mask``.
         callback: ``callback(i, t, x)`` after model call i at model time t, with the new state.
         dtype: of the state; None: that of ``x``, or float32. The model gets its own dtype.
         device: of the state; None: that of ``x``, or of the model.
-        prediction: "eps", "v", "x0" or "flow" (velocity ``eps - x0``); None: ``model.prediction``,
-            else "eps".
-        schedule: noise schedule; None: ``model.schedule``, else ``Flow()`` for "flow" and ``VP()``.
+        prediction: "eps", "v", "x0", "flow" (velocity ``eps - x0``) or "edm" (Karras's F, with its
+            own model time ln(sigma) / 4); None: ``model.prediction``, else "eps".
+        schedule: noise schedule; None: ``model.schedule``, else ``Flow()`` for "flow", ``EDM()``
+            for "edm" and ``VP()`` for the rest.
 
     Returns:
         ``[B, C, ...]``: the sample, in the dtype of the state.
@@ -168,7 +183,8 @@ def sample(
     if prediction not in PREDICTIONS:
         raise _need("prediction", prediction, f"one of {', '.join(PREDICTIONS)}")
     if schedule is None:
-        schedule = getattr(model, "schedule", None) or (Flow() if prediction == "flow" else VP())
+        defaults: dict[str, Schedule] = {"flow": Flow(), "edm": EDM()}
+        schedule = getattr(model, "schedule", None) or defaults.get(prediction, VP())
     table = _sampler(sampler).table(schedule, steps, prediction, clip)
 
     y = _classes(model, classes, batch, state.device)
@@ -191,14 +207,19 @@ def sample(
         lead = [(b, c, *state.shape[2:]) for b in (batch, 1) for c in (state.shape[1], 1)]
         if not isinstance(mask, Tensor) or tuple(mask.shape) not in lead:
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"sample: mask is {found}, need [B|1, C|1, ...] of {list(state.shape)}")
+            raise ValueError(
+                f"sample: mask is {found}, need [B|1, C|1, ...] of {list(state.shape)}"
+            )
         mask = mask.to(device=state.device, dtype=torch.float32)
 
     rows, times = table.rows.to(state.device), table.t.to(state.device)
     index = torch.arange(len(times), device=state.device)
-    noisy = table.stochastic or mask is not None
+    if table.first is not None:
+        drawn = Noise(seeds, slots, len(rows), STEP_STREAM)
+        state, _ = fused_step(state, state, table.first.to(state.device), noise=drawn)
     history: list[Tensor] = []
     for i, with_null in enumerate(guided):
+        noisy = table.draws[i] or mask is not None
         model_in = state if first is None else state.to(first.dtype)
         branches = 2 if with_null else 1
         if with_null:
@@ -213,15 +234,15 @@ def sample(
             step=index[i],
             w=weights if with_null else None,
             rescale=guidance_rescale if with_null else 0.0,
-            h1=history[0] if len(history) > 0 and table.histories > 0 else None,
-            h2=history[1] if len(history) > 1 and table.histories > 1 else None,
+            h1=history[0] if table.reads[i] > 0 else None,
+            h2=history[1] if table.reads[i] > 1 else None,
             noise=Noise(seeds, slots, index[i], STEP_STREAM) if noisy else None,
             mask=mask,
             ref=reference,
             keep=table.keep[i],
         )
         if table.keep[i]:
-            history = [kept, *history][: table.histories]
+            history = [kept, *history[:1]]
         if callback is not None:
             callback(i, float(table.t[i]), state)
     return state

@@ -1,35 +1,47 @@
 r"""Noise schedules, and the levels that a sampler visits.
 
-At level i the state is ``x = alpha x0 + sigma eps``. The state is what the model sees: the input scaling
-of variance-exploding samplers is folded into alpha and sigma, so that no sampler scales its input.
-Model time ``t`` runs over 0..1000 for every schedule.
+At a level the state is ``x = alpha x0 + sigma eps``. The state is what the model sees: the input
+scaling of variance-exploding samplers is folded into alpha and sigma, so that no step scales its
+input. Model time ``t`` runs over 0..1000 (:class:`EDM`: ln(sigma) / 4).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
+TIME = 1000  # model time of a schedule's noisy end
 
 
 class Levels(NamedTuple):
-    """Noise levels from the first to the clean end; float64 on the CPU."""
+    """Noise levels, noisiest first; float64 on the CPU."""
 
     alpha: Tensor  # [n + 1]
-    sigma: Tensor  # [n + 1], last is 0
+    sigma: Tensor  # [n + 1], the last is 0
     t: Tensor  # [n], model time
 
 
-def timesteps(steps: int, spacing: str, train_steps: int = TRAIN_STEPS, extra: int = 0) -> Tensor:
+class Schedule(Protocol):
+    """A family of noise levels."""
+
+    def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
+        """The ``steps`` levels of a run and the clean end; ``extra`` as in :func:`timesteps`."""
+        ...
+
+    def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(alpha, sigma, t)`` of the levels where ``sigma / alpha`` is ``ratio``."""
+        ...
+
+
+def timesteps(steps: int, spacing: str, train_steps: int = 1000, extra: int = 0) -> Tensor:
     """Training timesteps to visit, highest first, float64 ``[steps]`` (Lin et al. 2023, table 2).
 
     Args:
         steps: 1..train_steps.
-        spacing: "trailing" starts at the last training step; "leading" ends at the first;
+        spacing: "trailing" starts at the last training step, "leading" ends at the first,
             "linspace" does both.
         extra: points after the last that are laid out and dropped (DPM-Solver: 1).
     """
@@ -40,8 +52,8 @@ def timesteps(steps: int, spacing: str, train_steps: int = TRAIN_STEPS, extra: i
         ratio = train_steps // (steps + extra)
         return (torch.arange(steps + extra, dtype=torch.float64) * ratio).flip(0)[:steps]
     if spacing == "trailing":
-        ratio = train_steps / steps
-        return (train_steps - ratio * torch.arange(steps, dtype=torch.float64)).round() - 1
+        stride = train_steps / steps
+        return (train_steps - stride * torch.arange(steps, dtype=torch.float64)).round() - 1
     raise ValueError(f"timesteps: spacing is {spacing!r}, need 'leading', 'linspace' or 'trailing'")
 
 
@@ -52,7 +64,7 @@ def karras_sigmas(steps: int, low: float, high: float, rho: float = 7.0) -> Tens
 
 
 def alphas_cumprod(
-    kind: str = "linear", low: float = 1e-4, high: float = 0.02, train_steps: int = TRAIN_STEPS
+    kind: str = "linear", low: float = 1e-4, high: float = 0.02, train_steps: int = 1000
 ) -> Tensor:
     r"""Cumulative products of ``1 - beta_t``, float64 ``[train_steps]``.
 
@@ -74,64 +86,123 @@ def alphas_cumprod(
     return torch.cumprod(1 - beta, 0)
 
 
+def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
+    """Lin et al. 2023 (arXiv:2305.08891), algorithm 1: shifted and scaled so that the last is 0."""
+    root = alpha_bar.double().sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def sigma_to_t(sigmas: Tensor, table: Tensor) -> Tensor:
+    """Fractional timestep of each sigma: linear in log sigma, clamped to the ends of ``table``."""
+    x, logs = sigmas.log(), table.log()
+    low = (torch.searchsorted(logs, x.contiguous(), right=True) - 1).clamp(0, len(logs) - 2)
+    return low + ((x - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+
+
+def _to_clean(alpha: Tensor, sigma: Tensor, t: Tensor) -> Levels:
+    return Levels(torch.cat((alpha, alpha.new_ones(1))), torch.cat((sigma, sigma.new_zeros(1))), t)
+
+
 @dataclass(frozen=True, eq=False)
 class VP:
-    """Variance-preserving discrete-time schedule: ``alpha_t^2 = alpha_bar_t``, ``sigma^2 = 1 - alpha^2``.
+    """Variance-preserving, discrete time: ``alpha_t^2 = alpha_bar_t = 1 - sigma_t^2``.
 
     Args:
-        alpha_bar: ``[T]``, decreasing, in (0, 1); None for linear betas 1e-4..0.02.
-        karras: levels from Karras sigmas between the ends of the spaced levels (fractional t).
-        karras_ends: "schedule" takes the ends of the whole schedule, "spacing" those of the levels.
+        alpha_bar: ``[T]``, decreasing, in [0, 1); None for linear betas 1e-4..0.02 and T = 1000.
+        karras: levels from Karras sigmas between the ends of the spaced levels; t is fractional.
+        offset: added to every timestep of "leading" spacing.
     """
 
     alpha_bar: Tensor | None = None
     karras: bool = False
-    karras_ends: str = "spacing"
+    offset: int = 0
 
-    def bar(self) -> Tensor:
+    def _bar(self) -> Tensor:
         return alphas_cumprod() if self.alpha_bar is None else self.alpha_bar.double().cpu()
 
+    @property
+    def train_steps(self) -> int:
+        return len(self._bar())
+
+    def at_timesteps(self, t: Tensor) -> Levels:
+        """The levels of training timesteps ``t``, and the clean end."""
+        bar = self._bar()
+        level = bar[t.long()]
+        return _to_clean(level.sqrt(), (1 - level).sqrt(), t * (TIME / len(bar)))
+
+    def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bar = self._bar()
+        alpha = (1 + ratio**2).rsqrt()
+        t = sigma_to_t(ratio, ((1 - bar) / bar).sqrt()) * (TIME / len(bar))
+        return alpha, ratio * alpha, t
+
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
-        bar = self.bar()
-        if steps > len(bar):
-            raise ValueError(f"levels: steps is {steps}, need at most {len(bar)}, the training steps")
-        all_sigmas = ((1 - bar) / bar).sqrt()
-        t = timesteps(steps, spacing, len(bar), extra)
-        if self.karras:
-            ends = all_sigmas if self.karras_ends == "schedule" else all_sigmas[t.long()].flip(0)
-            sigmas = karras_sigmas(steps, float(ends[0]), float(ends[-1]))
-            t = sigma_to_t(sigmas, all_sigmas)
-            alpha = (1 + sigmas**2).rsqrt()
-            sigma = sigmas * alpha
-        else:
-            alpha, sigma = bar[t.long()].sqrt(), (1 - bar[t.long()]).sqrt()
-        one, zero = alpha.new_ones(1), alpha.new_zeros(1)
-        scale = TRAIN_STEPS / len(bar)
-        return Levels(torch.cat((alpha, one)), torch.cat((sigma, zero)), t * scale)
-
-
-def sigma_to_t(sigmas: Tensor, all_sigmas: Tensor) -> Tensor:
-    """Fractional timestep of each sigma: linear in log sigma between the neighbours of the table."""
-    x, table = sigmas.log(), all_sigmas.log()
-    low = (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)
-    return low + ((x - table[low]) / (table[low + 1] - table[low])).clamp(0, 1)
+        train_steps = self.train_steps
+        if steps + extra > train_steps:
+            raise ValueError(
+                f"levels: steps is {steps}, need at most {train_steps - extra}, the training steps"
+            )
+        t = timesteps(steps, spacing, train_steps, extra)
+        if spacing == "leading":
+            t = (t + self.offset).clamp(0, train_steps - 1)
+        levels = self.at_timesteps(t)
+        if not self.karras:
+            return levels
+        ratio = levels.sigma[:-1] / levels.alpha[:-1]
+        return _to_clean(*self.at(karras_sigmas(steps, float(ratio[-1]), float(ratio[0]))))
 
 
 @dataclass(frozen=True)
 class Flow:
-    r"""Straight paths ``x = (1 - s) x0 + s eps`` (Liu et al. 2022, arXiv:2209.03003), ``t = 1000 s``.
+    r"""Straight paths ``x = (1 - s) x0 + s eps``, ``t = 1000 s`` (Liu et al., arXiv:2209.03003).
 
     Args:
         shift: ``s -> shift s / (1 + (shift - 1) s)`` (Esser et al. 2024, arXiv:2403.03206, eq. 23).
 
-    Every spacing but "linspace" takes ``s = 1, (n-1)/n, ..., 1/n``; "linspace" ends at 1/1000.
+    ``s`` is 1, (n-1)/n, ..., 1/n; with "linspace" spacing the last is 1/1000.
     """
 
     shift: float = 1.0
 
+    def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = 1 / (1 + 1 / ratio)  # 1 at an infinite ratio
+        return 1 - s, s, TIME * s
+
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
-        last = 1 / TRAIN_STEPS if spacing == "linspace" else 1 / steps
+        last = 1 / TIME if spacing == "linspace" else 1 / steps
         s = torch.linspace(1, last, steps, dtype=torch.float64)
         s = self.shift * s / (1 + (self.shift - 1) * s)
-        s = torch.cat((s, s.new_zeros(1)))
-        return Levels(1 - s, s, TRAIN_STEPS * s[:-1])
+        return _to_clean(1 - s, s, TIME * s)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Karras et al. 2022, table 1: prediction "edm", model input ``c_in x``, t = ln(sigma) / 4."""
+
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 0.5
+
+    def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c_in = (ratio**2 + self.sigma_data**2).rsqrt()
+        return c_in, c_in * ratio, ratio.log() / 4
+
+    def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
+        return _to_clean(*self.at(karras_sigmas(steps, self.low, self.high, self.rho)))
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Levels of one's own: ``sigma / alpha`` of each, on another schedule."""
+
+    ratios: Tensor  # [n], decreasing, without the final 0
+    base: Schedule
+
+    def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.base.at(ratio)
+
+    def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
+        if len(self.ratios) != steps:
+            raise ValueError(f"levels: steps is {steps}, need {len(self.ratios)}, the given levels")
+        return _to_clean(*self.at(self.ratios.double().cpu()))

@@ -1,4 +1,4 @@
-r"""A sampler as a table of coefficients: one row of :data:`fastdiff.ops.fused_step.COLUMNS` per model call."""
+r"""A sampler as a table: one row of ``fastdiff.ops.fused_step.COLUMNS`` per model call."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.fused_step import COLUMNS
-from fastdiff.samplers.schedule import Levels
+from fastdiff.samplers.schedule import Schedule
 
-PREDICTIONS = ("eps", "v", "x0", "flow")
+PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,33 +19,30 @@ class Table:
     """What a run needs from its sampler; immutable, shared by any number of runs."""
 
     rows: Tensor  # [n, R] float32
-    t: Tensor  # [n] float32, model time 0..1000 of each call
-    keep: tuple[bool, ...]  # which calls push their history entry
-    histories: int  # entries that a row reads: 0, 1 or 2
-    stochastic: bool  # some row draws noise
-
-
-class Schedule(Protocol):
-    """Gives the noise levels of a run: see :class:`fastdiff.samplers.schedule.VP`."""
-
-    def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels: ...
+    t: Tensor  # [n] float32, model time of each call
+    reads: tuple[int, ...]  # history entries that a call's row reads: 0, 1 or 2
+    keep: tuple[bool, ...]  # calls whose history entry a later one reads
+    draws: tuple[bool, ...]  # calls whose row draws noise
+    first: Tensor | None = None  # [R] float32: a step of the first state before the first call
 
 
 class Sampler(Protocol):
     """A method: makes the table of a run."""
 
-    def table(self, schedule: Schedule, steps: int, prediction: str, clip: float | None) -> Table: ...
+    def table(
+        self, schedule: Schedule, steps: int, prediction: str, clip: float | None
+    ) -> Table: ...
 
 
 def to_x0(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """``(a_x, a_m)`` of ``x0 = a_x x + a_m m`` at the given levels."""
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    if prediction in ("eps", "edm") and (alpha <= 0).any():
+        raise ValueError(
+            f"prediction is {prediction!r} and the schedule starts at alpha = 0, where it does not "
+            "determine x0; need 'v', 'x0' or 'flow'"
+        )
     if prediction == "eps":  # m = eps
-        if (alpha <= 0).any():
-            raise ValueError(
-                "prediction is 'eps' and the schedule starts at alpha = 0, where eps says nothing "
-                "about x0; need 'v' or 'x0'"
-            )
         return one / alpha, -sigma / alpha
     if prediction == "v":  # m = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512)
         norm = alpha**2 + sigma**2
@@ -54,11 +51,13 @@ def to_x0(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor
         return one / (alpha + sigma), -sigma / (alpha + sigma)
     if prediction == "x0":
         return zero, one
+    if prediction == "edm":  # alpha is c_in, sigma = c_in sigma_ve: c_skip = 1 - sigma^2
+        return (1 - sigma**2) / alpha, sigma * (1 - sigma**2).sqrt() / alpha
     raise ValueError(f"prediction is {prediction!r}, need one of {', '.join(PREDICTIONS)}")
 
 
 def to_eps(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """``(e_x, e_m)`` of ``eps = e_x x + e_m m`` at the given levels; sigma is above 0."""
+    """``(e_x, e_m)`` of ``eps = (x - alpha x0) / sigma = e_x x + e_m m``; sigma is above 0."""
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     if prediction == "eps":
         return zero, one
@@ -67,15 +66,30 @@ def to_eps(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tenso
         return sigma / norm, alpha / norm
     if prediction == "flow":
         return one / (alpha + sigma), alpha / (alpha + sigma)
-    if prediction == "x0":
-        return one / sigma, -alpha / sigma
-    raise ValueError(f"prediction is {prediction!r}, need one of {', '.join(PREDICTIONS)}")
+    if prediction == "edm":
+        return sigma, -(1 - sigma**2).sqrt()
+    a_x, a_m = to_x0(prediction, alpha, sigma)
+    return (one - alpha * a_x) / sigma, -alpha * a_m / sigma
+
+
+def eps_columns(
+    prediction: str, alpha: Tensor, sigma: Tensor, rederive: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """eps as weights of ``(x, x0, m)``; with ``rederive`` of x and the (clipped) x0 alone."""
+    if rederive:
+        return 1 / sigma, -alpha / sigma, torch.zeros_like(alpha)
+    e_x, e_m = to_eps(prediction, alpha, sigma)
+    return e_x, torch.zeros_like(alpha), e_m
 
 
 def build(
-    t: Tensor, columns: dict[str, Tensor], *, clip: float | None, keep: tuple[bool, ...] | None = None
+    t: Tensor,
+    columns: dict[str, Tensor],
+    *,
+    clip: float | None,
+    first: dict[str, float] | None = None,
 ) -> Table:
-    """The table of float64 ``[n]`` columns (absent ones are 0).
+    """The table of float64 ``[n]`` columns (absent ones are 0), and of a ``first`` row's.
 
     Without clipping ``x0`` is linear in ``x`` and ``m``, so its terms are folded in float64 into
     theirs: fewer roundings, and none of the cancellation of ``x0 = (x - sigma m) / alpha`` at small
@@ -90,8 +104,21 @@ def build(
             c[zero] = torch.zeros_like(c[zero])
         c["a_x"], c["a_m"] = torch.zeros_like(c["a_x"]), torch.zeros_like(c["a_m"])
     c["clip"] = torch.full((n,), float("inf") if clip is None else clip, dtype=torch.float64)
-    rows = torch.stack([c[name].expand(n) for name in COLUMNS], 1).float()
-    histories = 2 if bool(c["c_h2"].any()) else int(bool(c["c_h1"].any()))
-    if keep is None:
-        keep = (bool(histories),) * n
-    return Table(rows, t.float(), keep, histories, bool(c["sigma"].any()))
+    rows = torch.stack([c[name].expand(n) for name in COLUMNS], 1)
+    if not torch.isfinite(rows[:, : COLUMNS.index("clip")]).all():
+        raise ValueError("this sampler has no finite coefficients on this schedule: see its levels")
+    reads = tuple(2 if h2 else 1 if h1 else 0 for h1, h2 in zip(c["c_h1"], c["c_h2"], strict=True))
+    kept: list[int] = []
+    keep = [False] * n
+    keeps = (c["k_x"] != 0) | (c["k_0"] != 0) | (c["k_m"] != 0)
+    for i, count in enumerate(reads):
+        for entry in kept[:count]:
+            keep[entry] = True
+        if keeps[i]:
+            kept.insert(0, i)
+    draws = tuple(bool(s) for s in c["sigma"])
+    start = None
+    if first is not None:
+        row = {"clip": float("inf")} | first
+        start = torch.tensor([row.get(name, 0.0) for name in COLUMNS])
+    return Table(rows.float(), t.float(), reads, tuple(keep), draws, start)

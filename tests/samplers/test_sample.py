@@ -109,7 +109,10 @@ def test_gaussian_data_is_reproduced():
         (dict(steps=0), "steps is 0, need an integer of at least 1"),
         (dict(steps=1001), "steps is 1001, need at most 1000"),
         (dict(guidance=float("nan")), "guidance is nan, need a finite number"),
-        (dict(guidance=torch.ones(2)), r"guidance is torch.float32 \[2\], need floats \[\] or \[3\]"),
+        (
+            dict(guidance=torch.ones(2)),
+            r"guidance is torch.float32 \[2\], need floats \[\] or \[3\]",
+        ),
         (dict(guidance=2.0, classes=None), "needs classes"),
         (dict(guidance_rescale=1.5), "guidance_rescale is 1.5, need a number in"),
         (dict(guidance_interval=(9, 3)), "guidance_interval is"),
