@@ -5,13 +5,22 @@ y = act(x W^T + bias),   act in {identity, GELU (tanh form), SiLU}
 
 from __future__ import annotations
 
+import functools
+import time
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff.dispatch import Impl, always, needs_grad, pick, refuse_grad
 from fastdiff.ops._check import check_like, check_shape, check_tensor, wide
 
 ACTIVATIONS = (None, "gelu_tanh", "silu")
+_FUSED = {
+    None: ("none", ""),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}  # oneDNN's names
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
@@ -30,7 +39,125 @@ def _torch_row(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return _activate(F.linear(x, weight, bias), activation)
 
 
+# ---- oneDNN --------------------------------------------------------------------------------------
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: weight has shape {list(weight.shape)}, need [N, {x.shape[-1]}]")
+    post, form = _FUSED[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], form)
+
+
+# An op of our own around it, because inductor lowers mkldnn's only for weights that it has frozen.
+_library = torch.library.Library("fastdiff", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor")
+_library.impl("linear", _onednn, "CPU")
+
+
+@torch.library.register_fake("fastdiff::linear", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _onednn_row(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    run = torch.ops.fastdiff.linear if torch.compiler.is_compiling() else _onednn
+    return run(x, weight, bias, activation)
+
+
+def _upcast_row(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    args = x.float(), weight.float(), None if bias is None else bias.float(), activation
+    row = _torch_row if needs_grad(x, weight, bias) else _onednn_row
+    return row(*args).to(x.dtype)
+
+
+# ---- which library -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _time_products(dtype: torch.dtype) -> tuple[float, float]:
+    """Time of a 64 x 512 x 512 product in ``dtype``, and of it through float32; once per process.
+
+    Instruction sets do not tell: among processors with AVX512-BF16 some run bfloat16 products at
+    twice the rate of float32 and some at half of it.
+    """
+    x, weight = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for _ in range(6):
+            for seen, row in zip(times, (_torch_row, _upcast_row), strict=True):
+                start = time.perf_counter()
+                row(x, weight, None, None)
+                seen.append(1e3 * (time.perf_counter() - start))
+    return min(times[0]), min(times[1])
+
+
+@torch.compiler.assume_constant_result
+def _product_ms(dtype: torch.dtype) -> tuple[float, float]:
+    with torch._C._DisableTorchDispatch():
+        return _time_products(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _onednn_enabled() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
+
+
+def _why_not_cpu(x: Tensor, weight: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; this row is for the cpu"
+    if not _onednn_enabled():
+        return "this torch has no oneDNN, or torch.backends.mkldnn.flags(enabled=False) is in force"
+    if not x.numel() or not weight.numel():
+        return "an operand is empty"
+    return None
+
+
+def _why_not_small(x: Tensor, weight: Tensor) -> str | None:
+    # A call of oneDNN costs: par with torch at 2^20 multiply-adds (one Zen 5 core, 256 x 64 x 64),
+    # half as fast at 2^18.
+    rows = x.numel() // x.shape[-1]
+    if rows < 4 or rows * weight.numel() <= 2**20:
+        work = f"{rows} x {x.shape[-1]} x {weight.shape[0]}"
+        return f"the product of {work} is too small to gain (need 4 rows, 2^20 multiply-adds)"
+    return None
+
+
+def _onednn_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> str | None:
+    why = _why_not_cpu(x, weight) or refuse_grad(x, weight, bias)
+    if why is not None:
+        return why
+    if x.dtype == torch.float32:
+        return _why_not_small(x, weight)
+    if x.dtype != torch.bfloat16:
+        return f"dtype {x.dtype} is not float32 or bfloat16"
+    own, float32 = _product_ms(x.dtype)
+    if own > float32:
+        return f"a bfloat16 product takes {own:.2g} ms here and through float32 {float32:.2g} ms"
+    return None
+
+
+def _upcast_why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> str | None:
+    why = _why_not_cpu(x, weight)
+    if why is not None:
+        return why
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {x.dtype} is not float16 or bfloat16"
+    own, float32 = _product_ms(x.dtype)
+    if own <= float32:
+        return (
+            f"a product in {x.dtype} takes {own:.2g} ms here and through float32 {float32:.2g} ms"
+        )
+    return _why_not_small(x, weight)
+
+
 IMPLS = (
+    Impl("onednn", _onednn_row, _onednn_why_not),
+    Impl("upcast", _upcast_row, _upcast_why_not),
     Impl("torch", _torch_row, always),
     Impl("ref", linear_ref, always),
 )
@@ -63,7 +190,11 @@ def linear(
     activation: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """``act(x @ weight.T + bias)``.
+    """``act(x @ weight.T + bias)``, by the library that is fastest for these operands.
+
+    Rows: "onednn" (activation fused, no gradient), "upcast" (16-bit operands through float32, where
+    the processor is slow in their dtype), "torch" and "ref". The first 16-bit call of a process
+    times both ways once.
 
     Args:
         x: ``[..., K]``; float16, bfloat16, float32 or float64.
