@@ -1,4 +1,4 @@
-"""Linear layers with and without an activation, at the sizes of DiT-S/2, DiT-XL/2 and SDXL blocks."""
+"""Linear layers with and without an activation, at the sizes of DiT-S, DiT-XL and SDXL blocks."""
 
 from __future__ import annotations
 

@@ -8,10 +8,13 @@ other half, with the bias of that linear layer.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_last, check_like, check_tensor, wide
 
 
@@ -21,7 +24,19 @@ def geglu_ref(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return (hidden * F.gelu(gate, approximate="tanh" if tanh else "none")).to(x.dtype)
 
 
-IMPLS = (Impl("ref", geglu_ref, always),)
+def _native_why_not(x: Tensor, bias: Tensor | None, tanh: bool) -> str | None:
+    return why_not_native(x, bias) or refuse_grad(x, bias)
+
+
+def _triton_why_not(x: Tensor, bias: Tensor | None, tanh: bool) -> str | None:
+    return why_not_triton(x, bias) or refuse_grad(x, bias)
+
+
+IMPLS = (
+    Impl("native", native("geglu"), _native_why_not),
+    Impl("triton", triton_row("geglu"), _triton_why_not),
+    Impl("ref", geglu_ref, always),
+)
 
 
 def row_args(
@@ -67,3 +82,10 @@ def geglu(
     """
     args = row_args(x, bias, approximate=approximate)
     return pick("geglu", IMPLS, impl, *args)(*args)
+
+
+if hasattr(torch.ops.fastdiff, "geglu"):
+
+    @torch.library.register_fake("fastdiff::geglu")
+    def _(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+        return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)

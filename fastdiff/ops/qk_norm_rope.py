@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.dispatch import Impl, always, pick
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_finite,
     check_index,
@@ -77,7 +79,43 @@ def qk_norm_rope_ref(
     return one(q, q_weight), one(k, k_weight)
 
 
-IMPLS = (Impl("ref", qk_norm_rope_ref, always),)
+def _tables_why_not(cos: Tensor | None) -> str | None:
+    if cos is not None and cos.dtype != torch.float32:
+        return f"cos is {cos.dtype}, this row needs torch.float32"
+    return None
+
+
+def _native_why_not(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *_: object,
+) -> str | None:
+    tensors = q, k, q_weight, k_weight
+    return why_not_native(*tensors) or _tables_why_not(cos) or refuse_grad(*tensors, cos, sin)
+
+
+def _triton_why_not(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *_: object,
+) -> str | None:
+    tensors = q, k, q_weight, k_weight
+    return why_not_triton(*tensors) or _tables_why_not(cos) or refuse_grad(*tensors, cos, sin)
+
+
+IMPLS = (
+    Impl("native", native("qk_norm_rope"), _native_why_not),
+    Impl("triton", triton_row("qk_norm_rope"), _triton_why_not),
+    Impl("ref", qk_norm_rope_ref, always),
+)
 
 
 def row_args(
@@ -117,6 +155,7 @@ def row_args(
                 )
             if table.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{op}: {name} is {table.dtype}, need torch.float32")
+        check_like(op, "sin", sin, cos, "cos")
         check_shape(op, "sin", sin, cos.shape)
         if 2 * cos.shape[1] > dim:
             raise ValueError(
@@ -124,7 +163,8 @@ def row_args(
             )
         if position is None and cos.shape[0] < length:
             raise ValueError(
-                f"{op}: cos has shape {list(cos.shape)}, need at least S = {length} rows or a position"
+                f"{op}: cos has shape {list(cos.shape)}, "
+                f"need at least S = {length} rows or a position"
             )
         if position is not None:
             check_index(op, "position", position, q, "q")
@@ -155,11 +195,11 @@ def qk_norm_rope(
         q: ``[B, H, S, D]``, any strides (a view of a joint projection is read in place); float16,
             bfloat16 or float32 (float64 on the reference row).
         k: ``[B, Hk, S, D]``, dtype and device of ``q``; Hk may differ from H.
-        q_weight, k_weight: ``[D]``, dtype and device of ``q``; None leaves that tensor unnormalised.
-        cos, sin: ``[P, R/2]`` float32 with R <= D (:func:`axial_rope`, :func:`rope_table`); None for
-            no rotation.
-        position: ``[B|1, S]`` int64, the row of ``cos`` of each token, so that a subset of the tokens
-            keeps its positions; None for 0 .. S-1 (then P >= S).
+        q_weight, k_weight: ``[D]``, dtype and device of ``q``; None leaves that one unnormalised.
+        cos, sin: ``[P, R/2]`` float32 with R <= D (:func:`axial_rope`, :func:`rope_table`); None
+            for no rotation.
+        position: ``[B|1, S]`` int64, the row of ``cos`` of each token, so that a subset of the
+            tokens keeps its positions; None for 0 .. S-1 (then P >= S).
         eps: added to the mean square, so in units of ``q**2``; above 0.
         interleaved: pairs are channels (2i, 2i+1); False: (i, i + R/2), the "rotate half" form.
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
@@ -189,13 +229,13 @@ def rope_table(
         position: ``[P, A]``, a coordinate per token and axis (row and column; time, row, column),
             whole or fractional.
         dims: A even numbers of channels, one per axis; their sum is R.
-        theta: base of the frequencies ``theta ** (-2i / dim)``, i < dim/2 (arXiv:2104.09864, sec. 3.3).
+        theta: base of the frequencies ``theta ** (-2i / dim)``, i < dim/2 (arXiv:2104.09864, 3.3).
 
     Returns:
         cos, sin: ``[P, R/2]`` float32 on the device of ``position``, computed in float64.
 
     Raises:
-        ValueError: ``position`` is not ``[P, len(dims)]``, a dim is odd, or ``theta`` is not above 0.
+        ValueError: ``position`` is not ``[P, len(dims)]``, a dim is odd, or ``theta`` not above 0.
     """
     if position.dim() != 2 or position.shape[1] != len(dims):
         raise ValueError(
@@ -214,8 +254,8 @@ def rope_table(
 
 
 def axial_rope(height: int, width: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of a ``height x width`` grid of tokens, row by row: half the channels turn with the
-    row, half with the column.
+    """cos and sin of a ``height x width`` grid of tokens, row by row: half of the channels turn
+    with the row, half with the column.
 
     Args:
         height, width: tokens of the grid.
@@ -235,3 +275,15 @@ def axial_rope(height: int, width: int, dim: int, theta: float = 10000.0) -> tup
             raise ValueError(f"axial_rope: {name} is {size!r}, need a number of tokens")
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
     return rope_table(grid, (dim // 2, dim // 2), theta)
+
+
+if hasattr(torch.ops.fastdiff, "qk_norm_rope"):
+
+    @torch.library.register_fake("fastdiff::qk_norm_rope")
+    def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        def like(x: Tensor) -> Tensor:
+            if not token_major(x):
+                return x.new_empty(x.shape)
+            return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+        return like(q), like(k)
