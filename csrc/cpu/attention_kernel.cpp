@@ -28,6 +28,8 @@ constexpr int64_t kBlock = kAttentionKeys;
 constexpr int64_t kDepth = 160;         // words summed in one run of a score, for its rounding
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 enum BiasKind { kNoBias, kKeyBias, kLaneBias };
+// The loops below are instantiated once per shape of tile, not inlined into every caller's copy.
+#define FD_LOOP static __attribute__((noinline))
 
 // Rows to columns of a W x W block of 32-bit words.
 #ifdef __AVX512F__
@@ -128,19 +130,28 @@ FD_INLINE void multiply(const float* rows, int64_t row_stride, int64_t word_stri
   }
 }
 
-// S^T of `keys` keys (rows k of `words` words) and NR query vectors: s[key][lane] = k . q * c +
-// bias. Keys up to the next multiple of kM are written too, as -inf. `top` takes the maximum.
+// Keys of one block: rows of `words` words, `stride` apart (pairs are always packed: `words`). The
+// last `keys` % kM of them are read from `tail`, packed and padded to kM rows.
+struct Keys {
+  const float *k, *tail;
+  int64_t stride, words, keys;
+};
+
+// S^T of a block of keys and NR query vectors: s[key][lane] = k . q * c + bias. Keys up to the next
+// multiple of kM are written too, as -inf. `top` takes the maximum.
 template <class Words, int NR, BiasKind KIND>
-static void score_block(const float* k, int64_t words, int64_t keys, const float* q, float c,
-                        const float* key_bias, const float* lane_bias, const int64_t* offset,
-                        float* s, Vec (&top)[NR]) {
+FD_LOOP void score_block(const Keys& block, const float* q, float c, const float* key_bias,
+                         const float* lane_bias, const int64_t* offset, float* s, Vec (&top)[NR]) {
+  const int64_t keys = block.keys, words = block.words;
   for (int64_t t = 0; t < keys; t += kM) {
-    const float* row = k + t * words;
+    const bool whole = t + kM <= keys;
+    const float* row = whole ? block.k + t * block.stride : block.tail;
+    const int64_t stride = whole && Words::per_word == 1 ? block.stride : words;
     float* out = s + t * kLanes;
     int64_t w = 0;
     for (; w + kDepth < words; w += kDepth) {
       Vec acc[kM][NR];
-      multiply<Words, NR>(row + w, words, 1, q + w * kLanes, kDepth, acc);
+      multiply<Words, NR>(row + w, stride, 1, q + w * kLanes, kDepth, acc);
 #pragma GCC unroll 8
       for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 3
@@ -150,7 +161,7 @@ static void score_block(const float* k, int64_t words, int64_t keys, const float
         }
     }
     Vec acc[kM][NR];
-    multiply<Words, NR>(row + w, words, 1, q + w * kLanes, words - w, acc);
+    multiply<Words, NR>(row + w, stride, 1, q + w * kLanes, words - w, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 3
@@ -170,7 +181,7 @@ static void score_block(const float* k, int64_t words, int64_t keys, const float
 
 // P = 2^(S - m) in place, and its sum. Pairs of keys go into one word for bfloat16.
 template <class Words, int NR>
-static void exp_block(float* s, int64_t keys, const Vec (&m)[NR], Vec (&sum)[NR]) {
+FD_LOOP void exp_block(float* s, int64_t keys, const Vec (&m)[NR], Vec (&sum)[NR]) {
   if constexpr (Words::per_word == 1) {
     for (int64_t t = 0; t < keys; ++t)
 #pragma GCC unroll 3
@@ -200,14 +211,16 @@ static void exp_block(float* s, int64_t keys, const Vec (&m)[NR], Vec (&sum)[NR]
 #endif
 }
 
-// O^T = O^T * correction + V^T P^T over `words` words of P; V in panels of kM channels. The block
-// is summed on its own first: one running sum over thousands of keys would lose bits.
+// O^T = O^T * correction + V^T P^T over `words` words of P; V in panels of kM channels, its words
+// word_stride apart. The block is summed on its own first: one running sum over thousands of keys
+// would lose bits.
 template <class Words, int NR>
-static void value_block(const float* v, int64_t panel_stride, int64_t panels, const float* p,
-                        int64_t words, const Vec (&correction)[NR], bool first, float* o) {
+FD_LOOP void value_block(const float* v, int64_t panel_stride, int64_t word_stride, int64_t panels,
+                         const float* p, int64_t words, const Vec (&correction)[NR], bool first,
+                         float* o) {
   for (int64_t n = 0; n < panels; ++n, v += panel_stride, o += kM * kLanes) {
     Vec acc[kM][NR];
-    multiply<Words, NR>(v, 1, kM, p, words, acc);
+    multiply<Words, NR>(v, 1, Words::per_word == 2 ? kM : word_stride, p, words, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 3
@@ -220,7 +233,7 @@ static void value_block(const float* v, int64_t panel_stride, int64_t panels, co
 
 // dst[n][kLanes] = factor * rows[lane][n]; dst has room for n rounded up to W rows.
 template <class E>
-static void pack_lanes(const E* const* rows, int vectors, int64_t n, float factor, float* dst) {
+FD_LOOP void pack_lanes(const E* const* rows, int vectors, int64_t n, float factor, float* dst) {
   for (int j = 0; j < vectors; ++j)
     for (int64_t c = 0; c < n; c += W) {
       Vec r[W];
@@ -240,7 +253,7 @@ FD_INLINE Vec load_pairs(const bf16* p, int64_t n) {  // the first n halves of 3
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
 }
 // The same with pairs of bfloat16 as words.
-static void pack_pair_lanes(const bf16* const* rows, int vectors, int64_t dim, float* dst) {
+FD_LOOP void pack_pair_lanes(const bf16* const* rows, int vectors, int64_t dim, float* dst) {
   for (int j = 0; j < vectors; ++j)
     for (int64_t c = 0; c < dim; c += 32) {
       Vec r[16];
@@ -259,14 +272,25 @@ struct Worker {
   int64_t words;         // words per row of K and Q
   int64_t v_words;       // words per column of V: the stride of a panel is kM times this
   int64_t panels;        // panels of V
+  bool in_place;         // K and V are read where they lie: they are float32 words already
   int64_t length = 0;    // keys of the sample in work
+  const float *k_head = nullptr, *v_head = nullptr;  // first key's row; first panel
+  int64_t k_stride, v_stride, panel_stride;          // between keys; words; panels
   const E *q_head = nullptr, *bias_head = nullptr;
   const float *bias32_head = nullptr, *table_head = nullptr;
 
   Worker(const AttentionArgs& args, int64_t thread)
       : a(args), at(args), scratch(args.scratch + thread * at.total),
         words((a.dim + Words::per_word - 1) / Words::per_word),
-        v_words(round_up(a.keys, 2) / Words::per_word), panels((a.dim + kM - 1) / kM) {}
+        v_words(round_up(a.keys, 2) / Words::per_word), panels((a.dim + kM - 1) / kM),
+        in_place(read_in_place(args)), k_stride(in_place ? a.k_stride[2] : words),
+        v_stride(in_place ? a.v_stride[2] : kM), panel_stride(in_place ? kM : v_words * kM) {}
+
+  // Repacking pays for itself after two tiles: rows far apart share few cache sets, and cost a page
+  // each. Panels of V must not pass the end of its rows.
+  static bool read_in_place(const AttentionArgs& a) {
+    return std::is_same_v<E, float> && a.dim % kM == 0 && a.rows <= 2 * kLanes;
+  }
 
   void pack_key_row(int64_t t, const E* src) {
     float* dst = scratch + at.k + t * words;
@@ -284,7 +308,6 @@ struct Worker {
   // Columns of V into panels: kM floats of one key, or kM pairs (key t, key t + 1).
   void pack_value_word(int64_t w, const E* v, int64_t stride) {
     float* dst = scratch + at.v + w * kM;
-    const int64_t panel_stride = v_words * kM;
     for (int64_t d = 0; d < panels * kM; d += W) {
       int n = a.dim - d < W ? int(a.dim - d) : W;
       Vec x;
@@ -315,10 +338,12 @@ struct Worker {
     q_head = static_cast<const E*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1];
     const E* k = static_cast<const E*>(a.k) + b * a.k_stride[0] + h * a.k_stride[1];
     const E* v = static_cast<const E*>(a.v) + b * a.v_stride[0] + h * a.v_stride[1];
-    for (int64_t t = 0; t < round_up(length, kM); ++t)
+    for (int64_t t = in_place ? length / kM * kM : 0; t < round_up(length, kM); ++t)
       pack_key_row(t, t < length ? k + t * a.k_stride[2] : nullptr);
-    for (int64_t t = 0; t < length; t += Words::per_word)
+    for (int64_t t = 0; !in_place && t < length; t += Words::per_word)
       pack_value_word(t / Words::per_word, v + t * a.v_stride[2], a.v_stride[2]);
+    k_head = in_place ? reinterpret_cast<const float*>(k) : scratch + at.k;
+    v_head = in_place ? reinterpret_cast<const float*>(v) : scratch + at.v;
     if (a.bias) {
       int64_t at_head = b * a.bias_stride[0] + h * a.bias_stride[1];
       bias_head = static_cast<const E*>(a.bias) + at_head;
@@ -354,13 +379,9 @@ struct Worker {
 
   template <int NR>
   void tile(int64_t b, int64_t h, int64_t first_row) {
-    if (!a.bias && !a.table) run<NR, kNoBias>(b, h, first_row);
-    else if (a.bias && !a.bias_full) run<NR, kKeyBias>(b, h, first_row);
-    else run<NR, kLaneBias>(b, h, first_row);
-  }
-
-  template <int NR, BiasKind KIND>
-  void run(int64_t b, int64_t h, int64_t first_row) {
+    const auto score = a.table || a.bias_full ? score_block<Words, NR, kLaneBias>
+                       : a.bias               ? score_block<Words, NR, kKeyBias>
+                                              : score_block<Words, NR, kNoBias>;
     float *q = scratch + at.q, *s = scratch + at.score, *o = scratch + at.out;
     const int64_t* offset = reinterpret_cast<const int64_t*>(scratch + at.key_offset);
     const float c = a.scale * kLog2e;
@@ -390,9 +411,9 @@ struct Worker {
       Vec top[NR], base[NR], correction[NR], block_sum[NR];
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) top[j] = m[j];
-      score_block<Words, NR, KIND>(scratch + at.k + t0 * words, words, keys, q, c,
-                                   scratch + at.key_bias + t0, scratch + at.lane_bias, offset + t0,
-                                   s, top);
+      Keys block{k_head + t0 * k_stride, scratch + at.k + (t0 + keys / kM * kM) * words,
+                 k_stride, words, keys};
+      score(block, q, c, scratch + at.key_bias + t0, scratch + at.lane_bias, offset + t0, s, top);
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) {
         // A row with every key masked so far subtracts 0, so that its weights are 2^-inf = 0.
@@ -405,8 +426,8 @@ struct Worker {
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) sum[j] = fma(sum[j], correction[j], block_sum[j]);
       int64_t p_words = (keys + Words::per_word - 1) / Words::per_word;
-      value_block<Words, NR>(scratch + at.v + t0 / Words::per_word * kM, v_words * kM, panels, s,
-                             p_words, correction, t0 == 0, o);
+      value_block<Words, NR>(v_head + t0 / Words::per_word * v_stride, panel_stride, v_stride,
+                             panels, s, p_words, correction, t0 == 0, o);
     }
     store<NR>(b, h, first_row, m, sum);
   }
