@@ -33,20 +33,36 @@ def _log(u):
 
 
 @triton.jit
+def _cos_sin(r):
+    """cos, sin of 2 pi r / 2^32: exact quadrant from integers, so no slow path of a library."""
+    quadrant = (r + 0x20000000) >> 30
+    rest = (r - (quadrant << 30)).to(tl.int32, bitcast=True)
+    a = rest.to(tl.float32) * 1.4629180792671596e-09  # pi/2 2^-30
+    z = a * a
+    s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * a + a
+    c = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
+    c = c * z * z + (1.0 - 0.5 * z)
+    odd = (quadrant & 1) != 0
+    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
+    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+    return cosine, tl.where((quadrant & 2) != 0, -sine, sine)
+
+
+@triton.jit
 def _box_muller(a, angle):
     u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     radius = tl.sqrt(-2.0 * _log(u))
-    turn = angle.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi 2^-32
-    return radius * tl.cos(turn), radius * tl.sin(turn)
+    cosine, sine = _cos_sin(angle)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
 def _normals(seed, slot, step, stream, counter):
-    """Four tiles of noise: words 0..3 of ``counter``'s tile."""
+    """Four tiles of noise: words 0..3 of the tile of int64 counters."""
+    zero = tl.zeros_like(counter)
     c0 = counter.to(tl.uint32)
-    zero = tl.zeros_like(c0)
-    c1, c2 = zero + slot.to(tl.uint32), zero + step.to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, zero + stream.to(tl.uint32), 10)
+    c1, c2 = (zero + slot).to(tl.uint32), (zero + step).to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, (zero + stream).to(tl.uint32), 10)
     z0, z1 = _box_muller(r0, r1)
     z2, z3 = _box_muller(r2, r3)
     return z0, z1, z2, z3

@@ -364,3 +364,32 @@ def test_the_native_entry_guards_memory():
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fused_step"):
             op(*good[:at], change, *good[at + 1 :])
+
+
+def test_every_triton_config():
+    from fastdiff.kernels import fused_step as kernels
+
+    args = row_args(**case((2, 3, 11, 131)))
+    want = kernels.fused_step(*args)
+    for name, got in testing.run_configs(kernels.fused_step, kernels.CONFIGS, *args):
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w), name
+    counters = (torch.arange(2), torch.arange(2), torch.arange(2), 1, 5000)
+    want = kernels.philox_normal(*counters)
+    for name, got in testing.run_configs(kernels.philox_normal, kernels.CONFIGS, *counters):
+        assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("row", ("native", "triton"))
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_reads_and_writes_stay_inside(row, dtype):
+    """Guard zones are NaN: a read past an end would show in the result."""
+    args = list(row_args(**case((2, 3, 5, 13), dtype=dtype)))
+    at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    want = fused_step_ref(*args)
+    with testing.guarded(*(args[i] for i in at)) as copies:
+        for i, copy in zip(at, copies, strict=True):
+            args[i] = copy
+        got = {i.name: i.fn for i in IMPLS}[row](*args)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
