@@ -205,3 +205,21 @@ def test_churn_is_algorithm_2_of_karras(heun, kind):
         model, start, sampler=sampler, steps=n, prediction=kind, schedule=schedule, seed=5
     )
     torch.testing.assert_close(got.double(), x, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in fastdiff.samplers.SAMPLERS if n != "lcm"])
+def test_every_sampler_runs_on_straight_paths(name):
+    """From pure noise, where alpha is 0; the variance of few-step samplers is low, not the mean."""
+    out = fastdiff.sample(
+        lambda x, t, y: gaussian("flow", 1 - t[0] / 1000, t[0] / 1000)(x), (4, 1, 128, 128),
+        sampler=name, steps=100, prediction="flow",
+    )  # fmt: skip
+    assert abs(float(out.mean()) - MEAN) < 0.01
+    assert abs(float(out.std()) - STD) < 0.03
+
+
+def test_lcm_needs_timesteps():
+    with pytest.raises(ValueError, match="LCM: schedule is Flow, need VP"):
+        fastdiff.sample(lambda x, t, y: x, (1, 1, 2, 2), sampler="lcm", steps=2, prediction="flow")
+    with pytest.raises(ValueError, match="LCM: steps is 51, need at most 50"):
+        fastdiff.sample(lambda x, t, y: x, (1, 1, 2, 2), sampler="lcm", steps=51)
