@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels import INTERPRET
-
 # Chosen by compiling for sm_80 and sm_90 (triton 3.9), not by timing: only the last spills
 # registers at its head dims (float32 above 64); at most 96 KiB of shared memory on sm_80.
 CONFIGS = [
@@ -62,7 +60,6 @@ def _attention_kernel(
     BIAS: tl.constexpr,  # "none", "full", "key" or "group"
     HAS_LENGTHS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
-    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,8 +98,6 @@ def _attention_kernel(
         inside = inside & (query_group >= 0) & (query_group < query_groups)
         query_group = tl.where(inside, query_group, 0)
         table_rows = table_ptr + b * table_b + h * table_h + query_group * key_groups
-    if WIDE:
-        q = q.to(tl.float32)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -124,9 +119,6 @@ def _attention_kernel(
         v = tl.load(v_base + v_tile, mask=seen[:, None] & (at_d[None, :] < DIM), other=0.0)
         k_base += BLOCK_N * k_s.to(tl.int64)
         v_base += BLOCK_N * v_s.to(tl.int64)
-        if WIDE:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
         score = tl.dot(q, k, input_precision=PRECISION) * (scale * log2e)
         if BIAS == "full":
             bias = tl.load(
@@ -223,8 +215,6 @@ def attention(
         0 if table is None else table.shape[2],
         0 if table is None else table.shape[3],
         DIM=dim, BIAS=kind, HAS_LENGTHS=key_lengths is not None, HAS_INDEX=q_index is not None,
-        # The interpreter keeps bfloat16 as integers, which it would multiply as such.
-        WIDE=INTERPRET and q.dtype == torch.bfloat16,
         # Three tf32 products keep float32's bits on tensor cores, where plain float32 runs on none.
         PRECISION="ieee" if torch.version.hip else "tf32x3",
         BLOCK_D=block_d, **config.kwargs,
