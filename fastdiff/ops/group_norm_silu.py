@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_finite, check_like, check_shape, check_tensor, wide
 
 
@@ -50,8 +51,14 @@ def _native_why_not(x, num_groups, weight, bias, shift, scale, eps, silu) -> str
     return why_not_native(*tensors) or refuse_grad(*tensors)
 
 
+def _triton_why_not(x, num_groups, weight, bias, shift, scale, eps, silu) -> str | None:
+    tensors = (x, weight, bias, shift, scale)
+    return why_not_triton(*tensors) or refuse_grad(*tensors)
+
+
 IMPLS = (
     Impl("native", native("group_norm_silu"), _native_why_not),
+    Impl("triton", triton_row("group_norm_silu"), _triton_why_not),
     Impl("ref", group_norm_silu_ref, always),
 )
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_finite,
     check_last,
@@ -27,6 +28,8 @@ from fastdiff.ops._check import (
     check_tensor,
     wide,
 )
+
+MAX_TRITON_DIM = 16384  # float32 of one row in the registers of one program
 
 
 def _tokens(m: Tensor) -> Tensor:
@@ -95,9 +98,17 @@ def _native_why_not(*args: Any) -> str | None:
     return why_not_native(*tensors) or refuse_grad(*tensors)
 
 
+def _triton_why_not(x: Tensor, *args: Any) -> str | None:
+    tensors = [x, *(t for t in args if isinstance(t, Tensor))]
+    if x.shape[-1] > MAX_TRITON_DIM:
+        return f"D is {x.shape[-1]}; the kernel holds a row in registers, at most {MAX_TRITON_DIM}"
+    return why_not_triton(*tensors) or refuse_grad(*tensors)
+
+
 def _rows(op: str, ref: Callable[..., Any]) -> tuple[Impl, ...]:
     return (
         Impl("native", native(op), _native_why_not),
+        Impl("triton", triton_row("layer_norm_modulate", op), _triton_why_not),
         Impl("ref", ref, always),
     )
 

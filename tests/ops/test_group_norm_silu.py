@@ -212,3 +212,19 @@ def test_bad_input(kwargs, message):
 def test_native_entry_is_safe_by_itself(args, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastdiff.group_norm_silu(*args)
+
+
+def test_every_triton_config():
+    from fastdiff.kernels import group_norm_silu as triton_norm
+
+    parts = make((1, 6, 113, 101), 2, torch.float32, "modulated", mean=1e4)  # 2 pieces a group
+    exact = group_norm_silu_ref(*double(parts))
+    for x in (parts[0], channels_last(parts[0])):
+        for name, got in testing.run_configs(
+            triton_norm.group_norm_silu, triton_norm.CONFIGS, x, *parts[1:]
+        ):
+            testing.assert_close(got, exact, eager(*parts), what=name)
+    with testing.guarded(*(t for t in parts if isinstance(t, torch.Tensor))) as tensors:
+        x, weight, bias, shift, scale = tensors
+        got = triton_norm.group_norm_silu(x, 2, weight, bias, shift, scale, 1e-5, True)
+    testing.assert_close(got, exact, eager(*parts), what="guarded")

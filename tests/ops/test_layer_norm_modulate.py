@@ -283,3 +283,27 @@ def test_tables_cover_the_public_functions():
     why = fastdiff.explain(gate_residual, X, X.double().float(), X)
     assert why["native"] is None and why["ref"] is None
     assert testing.rows_of(GATE_RESIDUAL) == testing.rows_of(GATE_RESIDUAL_NORM_MODULATE) == ROWS
+
+
+def test_every_triton_config():
+    from fastdiff.kernels import layer_norm_modulate as triton_norms
+
+    x, y = torch.randn(2, 2, 5, 77) + 1e4
+    gate, shift, scale = torch.randn(3, 2, 77)
+    exact = gate_residual_norm_modulate_ref(
+        *double(x, y, gate, shift, scale, None, None), 1e-6, False
+    )
+    eager = eager_chain(x, y, gate, shift, scale, None, None, 1e-6, False)
+    with testing.guarded(x, y, gate, shift, scale) as parts:
+        for name, got in testing.run_configs(
+            triton_norms.gate_residual_norm_modulate,
+            triton_norms.CONFIGS,
+            *(*parts, None, None, 1e-6, False),
+        ):
+            for g, e, p in zip(got, exact, eager, strict=True):
+                testing.assert_close(g, e, p, what=name)
+
+
+def test_triton_refuses_rows_too_long_for_registers():
+    why = fastdiff.explain(layer_norm_modulate, torch.empty(1, 1, 16385))
+    assert "D is 16385" in why["triton"] and why["native"] is None
