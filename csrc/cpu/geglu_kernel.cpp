@@ -10,17 +10,14 @@ static void geglu_rows(const GegluArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * 2 * a.dim;
     T* y = static_cast<T*>(a.y) + row * a.dim;
-    auto body = [&](int64_t i, auto... n) {
-      Vec hidden = Vec::load(x + i, n...), gate = Vec::load(x + a.dim + i, n...);
+    each(a.dim, [&](int64_t i, auto part) {
+      Vec hidden = part.load(x + i), gate = part.load(x + a.dim + i);
       if (bias) {
-        hidden = hidden + Vec::load(bias + i, n...);
-        gate = gate + Vec::load(bias + a.dim + i, n...);
+        hidden = hidden + part.load(bias + i);
+        gate = gate + part.load(bias + a.dim + i);
       }
-      (hidden * (kTanh ? vgelu_tanh(gate) : vgelu(gate))).store(y + i, n...);
-    };
-    int64_t i = 0;
-    for (; i + Vec::width <= a.dim; i += Vec::width) body(i);
-    if (i < a.dim) body(i, int(a.dim - i));
+      part.store(hidden * (kTanh ? vgelu_tanh(gate) : vgelu(gate)), y + i);
+    });
   }
 }
 

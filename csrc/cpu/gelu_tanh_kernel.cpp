@@ -10,17 +10,11 @@ static void gelu_rows(const GeluTanhArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * a.dim;
-    int64_t i = 0;
-    for (; i + Vec::width <= a.dim; i += Vec::width) {
-      Vec h = Vec::load(x + i);
-      if (bias) h = h + Vec::load(bias + i);
-      vgelu_tanh(h).store(y + i);
-    }
-    if (int n = int(a.dim - i)) {
-      Vec h = Vec::load(x + i, n);
-      if (bias) h = h + Vec::load(bias + i, n);
-      vgelu_tanh(h).store(y + i, n);
-    }
+    each(a.dim, [&](int64_t i, auto part) {
+      Vec h = part.load(x + i);
+      if (bias) h = h + part.load(bias + i);
+      part.store(vgelu_tanh(h), y + i);
+    });
   }
 }
 

@@ -3,46 +3,44 @@
 
 FASTDIFF_KERNEL_BEGIN
 
-// body(i) for whole vectors of [begin, end), body(i, n) for the rest.
-template <class F>
-FD_INLINE void for_vectors(int64_t begin, int64_t end, F&& body) {
-  for (; begin + Vec::width <= end; begin += Vec::width) body(begin);
-  if (begin < end) body(begin, int(end - begin));
-}
-
 template <class T>
 FD_INLINE float inverse_rms(const T* x, int64_t dim, float eps) {
-  Vec sum(0.0f);
-  for_vectors(0, dim, [&](int64_t i, auto... n) {
-    Vec v = Vec::load(x + i, n...);
-    sum = fma(v, v, sum);
+  float sum[1];
+  sum_each(dim, sum, [&](int64_t i, auto part, Vec* acc) {
+    Vec v = part.load(x + i);
+    acc[0] = fma(v, v, acc[0]);
   });
-  return 1.0f / std::sqrt(sum.sum() / float(dim) + eps);
+  return 1.0f / std::sqrt(sum[0] / float(dim) + eps);
 }
+
+FD_INLINE Vec load_pairs(const float* p, Full) { return load_twice(p, Vec::width); }
+FD_INLINE Vec load_pairs(const float* p, Tail tail) { return load_twice(p, tail.n); }
 
 // One head of one token. A second read of x comes from L1.
 template <class T, bool kNorm, bool kInterleaved>
 FD_INLINE void one_head(const T* x, T* y, const T* weight, const float* cos, const float* sin,
                         int64_t dim, int64_t half, float eps) {
   Vec scale(kNorm ? inverse_rms(x, dim, eps) : 1.0f);
-  auto value = [&](int64_t i, auto... n) {
-    Vec v = Vec::load(x + i, n...);
-    return kNorm ? v * scale * Vec::load(weight + i, n...) : v;
+  auto value = [&](int64_t i, auto part) {
+    Vec v = part.load(x + i);
+    return kNorm ? v * scale * part.load(weight + i) : v;
   };
   if (kInterleaved) {
-    for_vectors(0, 2 * half, [&](int64_t i, auto... n) {
-      Vec v = value(i, n...), c = load_twice(cos + i / 2, n...), s = load_twice(sin + i / 2, n...);
-      fmaddsub(v, c, swap_pairs(v) * s).store(y + i, n...);
+    each(2 * half, [&](int64_t i, auto part) {
+      Vec v = value(i, part), c = load_pairs(cos + i / 2, part), s = load_pairs(sin + i / 2, part);
+      part.store(fmaddsub(v, c, swap_pairs(v) * s), y + i);
     });
   } else {
-    for_vectors(0, half, [&](int64_t i, auto... n) {
-      Vec a = value(i, n...), b = value(i + half, n...);
-      Vec c = Vec::load(cos + i, n...), s = Vec::load(sin + i, n...);
-      fnma(b, s, a * c).store(y + i, n...);
-      fma(a, s, b * c).store(y + i + half, n...);
+    each(half, [&](int64_t i, auto part) {
+      Vec a = value(i, part), b = value(i + half, part);
+      Vec c = part.load(cos + i), s = part.load(sin + i);
+      part.store(fnma(b, s, a * c), y + i);
+      part.store(fma(a, s, b * c), y + i + half);
     });
   }
-  for_vectors(2 * half, dim, [&](int64_t i, auto... n) { value(i, n...).store(y + i, n...); });
+  each(dim - 2 * half, [&](int64_t i, auto part) {
+    part.store(value(2 * half + i, part), y + 2 * half + i);
+  });
 }
 
 template <class T, bool kInterleaved>

@@ -152,8 +152,8 @@ FD_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
 FD_INLINE Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xb1); }
 // a*b - c in even lanes, a*b + c in odd ones.
 FD_INLINE Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm512_fmaddsub_ps(a.v, b.v, c.v); }
-// First n/2 of width/2 floats, each twice; n even.
-FD_INLINE Vec load_twice(const float* p, int n = Vec::width) {
+// First n/2 floats, each twice; n even.
+FD_INLINE Vec load_twice(const float* p, int n) {
   __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   return _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(Vec::mask(n / 2), p));
 }
@@ -259,7 +259,7 @@ FD_INLINE Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
 }
 FD_INLINE Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xb1); }
 FD_INLINE Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm256_fmaddsub_ps(a.v, b.v, c.v); }
-FD_INLINE Vec load_twice(const float* p, int n = Vec::width) {
+FD_INLINE Vec load_twice(const float* p, int n) {
   __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
   return _mm256_permutevar8x32_ps(_mm256_maskload_ps(p, Vec::mask(n / 2)), twice);
 }
@@ -297,9 +297,26 @@ FD_INLINE Vec vtanh(Vec x) {
 
 // GELU, tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
 FD_INLINE Vec vgelu_tanh(Vec x) {
-  Vec inner = x * fma(x * x, Vec(0.044715f * 1.5957691216057308f), Vec(1.5957691216057308f));
-  Vec y = x / (Vec(1.0f) + vexp(Vec(0.0f) - inner));
-  return keep_nan(y, x);
+  Vec inner = x * fma(x * x, Vec(-0.044715f * 1.5957691216057308f), Vec(-1.5957691216057308f));
+  return x / (Vec(1.0f) + vexp(inner));
+}
+
+// GELU: x Phi(x) with Phi(x) = 1/2 + x P(x^2)/Q(x^2), minimax (2e-8) for |x| < 5.6, 0 or 1 past it. Absolute
+// error <= 1e-6 (near |x| = 5; torch's is 1.2e-6); a third faster than through exp. NaN at NaN and at -inf.
+FD_INLINE Vec vgelu(Vec x) {
+  Vec s = vmin(x * x, Vec(31.36f));
+  Vec p = Vec(2.2297456325759413e-8f), q = Vec(1.179659534500388e-6f);
+  p = fma(p, s, Vec(6.289793418545742e-6f));
+  q = fma(q, s, Vec(7.334442489081994e-5f));
+  p = fma(p, s, Vec(1.6892977873794734e-4f));
+  q = fma(q, s, Vec(1.8854949157685041e-3f));
+  p = fma(p, s, Vec(4.677353892475367e-3f));
+  q = fma(q, s, Vec(2.8677579015493393e-2f));
+  p = fma(p, s, Vec(3.392906114459038e-2f));
+  q = fma(q, s, Vec(0.2517138719558716f));
+  p = fma(p, s, Vec(0.3989422619342804f));
+  q = fma(q, s, Vec(1.0f));
+  return x * vmax(vmin(fma(x, p / q, Vec(0.5f)), Vec(1.0f)), Vec(0.0f));
 }
 
 // Full vectors and the masked tail of a row through one generic body(i, part).
@@ -340,25 +357,6 @@ FD_INLINE void sum_each(int64_t dim, float (&sums)[K], F body) {
   for (; i + W <= dim; i += W) body(i, Full{}, acc[0]);
   if (i < dim) body(i, Tail{int(dim - i)}, acc[0]);
   for (int k = 0; k < K; ++k) sums[k] = ((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k])).sum();
-}
-
-// GELU: x Phi(x), the tail Phi(-|x|) = exp(-x^2/2) R(|x|) with R rational (minimax on [0, 14.5], 6e-9; the
-// tail is 0 in float32 past it). No cancellation on the negative side: <= 4 ulp above 0, <= 12 roundoffs for
-// x > -5, where 1 + erf(x / sqrt(2)) in float32 has lost all digits. As torch: NaN at -inf.
-FD_INLINE Vec vgelu(Vec x) {
-  Vec z = vmin(vabs(x), Vec(14.5f));
-  Vec p = Vec(4.116179421544075e-3f), q = Vec(1.0317612439393997e-2f);
-  p = fma(p, z, Vec(4.063248634338379e-2f));
-  q = fma(q, z, Vec(1.0185698419809341e-1f));
-  p = fma(p, z, Vec(1.8323315680027008e-1f));
-  q = fma(q, z, Vec(4.6946534514427185e-1f));
-  p = fma(p, z, Vec(4.3829262256622314e-1f));
-  q = fma(q, z, Vec(1.2024954557418823f));
-  p = fma(p, z, Vec(0.5f));
-  q = fma(q, z, Vec(1.6744701862335205f));
-  q = fma(q, z, Vec(1.0f));
-  Vec tail = vexp(z * z * Vec(-0.5f)) * p / q;
-  return keep_nan(x * select_lt(x, Vec(0.0f), tail, Vec(1.0f) - tail), x);
 }
 
 FASTDIFF_KERNEL_END
