@@ -1,0 +1,197 @@
+"""Train the two small class-conditional networks on digits, on the CPU, in a given time.
+
+The learning rate follows the elapsed share of the time, not a step count, so a run always ends in a
+usable checkpoint; one is written every few minutes, and a run can go on from one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff import data
+from fastdiff.models.baseline import PlainDiT, PlainUNet
+from fastdiff.models.checkpoint import load, save
+
+TRAIN_STEPS = 1000  # diffusion times run over 0..TRAIN_STEPS
+# Training runs the plain networks: under bfloat16 autocast their products use oneDNN both ways.
+NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "dit-digits": (
+        PlainDiT,
+        dict(
+            input_size=32,
+            patch_size=4,
+            in_channels=1,
+            hidden_size=192,
+            depth=5,
+            num_heads=3,
+            num_classes=data.CLASSES,
+            learn_sigma=False,
+            prediction="flow",
+        ),
+    ),
+    "unet-digits": (
+        PlainUNet,
+        dict(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32, 64, 96),
+            layers_per_block=1,
+            transformer_depth=(0, 0, 1),
+            heads=(1, 2, 3),
+            groups=8,
+            cross_attention_dim=64,
+            num_classes=data.CLASSES,
+            class_tokens=4,
+            prediction="eps",
+        ),
+    ),
+}
+# How to sample a network, for its card.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "dit-digits": dict(sampler="flow_euler", steps=50, guidance=2.0),
+    "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0),
+}
+
+
+@dataclass
+class Recipe:
+    """How to train. ``resume`` goes on from a checkpoint's averaged weights, with a new optimiser."""
+
+    minutes: float = 30.0
+    batch: int = 32
+    lr: float = 1e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    label_dropout: float = 0.1
+    seed: int = 0
+    save_minutes: float = 3.0
+    resume: str | None = None
+
+
+def linear_alpha_bar(steps: int = TRAIN_STEPS) -> Tensor:
+    """Cumulative products of 1 - beta for betas 1e-4..0.02 (Ho et al. 2020, section 4)."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0).float()
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Mean squared error of the prediction at random times.
+
+    flow: x_t = (1-t) x + t e, target e - x, with t logit-normal for 7 of 10 samples and uniform for
+    the rest (Esser et al. 2024, arXiv:2403.03206, section 3.1). eps: Ho et al. 2020, eq. 14.
+    """
+    noise = torch.randn_like(x)
+    b = x.shape[0]
+    if model.prediction == "flow":
+        u = torch.where(torch.rand(b) < 0.3, torch.rand(b), torch.sigmoid(torch.randn(b)))
+        a = u.view(-1, 1, 1, 1)
+        x_t, target, t = (1 - a) * x + a * noise, noise - x, u * TRAIN_STEPS
+    else:
+        index = torch.randint(TRAIN_STEPS, (b,))
+        a = alpha_bar[index].view(-1, 1, 1, 1)
+        x_t, target, t = a.sqrt() * x + (1 - a).sqrt() * noise, noise, index.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x_t, t, y)
+    return F.mse_loss(out.float(), target)
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], model: nn.Module, keep: float) -> None:
+    state = model.state_dict()
+    torch._foreach_lerp_(list(average.values()), [state[k] for k in average], 1 - keep)
+
+
+def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: str = "") -> dict:
+    """Train network ``name`` and write ``out/name.safetensors`` (float16) and its ``.json`` card.
+
+    Args:
+        name: "dit-digits" or "unet-digits".
+        out: folder for the checkpoint.
+        recipe: time, batch, learning rate, ...; see :class:`Recipe`.
+        command: how the run was started, for the card.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: no such network.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"train: name is {name!r}, need one of {', '.join(NETWORKS)}")
+    recipe = recipe or Recipe()
+    torch.manual_seed(recipe.seed)
+    kind, config = NETWORKS[name]
+    model = kind(**config)
+    before = {"steps": 0, "minutes": 0.0}
+    if recipe.resume:
+        source, card = load(recipe.resume, plain=True)
+        model.load_state_dict(source.state_dict())
+        before = {k: card["training"][k] for k in before}
+    train_set = data.digits()
+    alpha_bar = linear_alpha_bar()
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        weights, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
+    out, start = Path(out), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    step, running, saved, card = 0, float("nan"), start, {}
+
+    def write() -> dict:
+        minutes = (time.monotonic() - start) / 60
+        training = dict(
+            data=data.SOURCE,
+            seed=recipe.seed,
+            steps=before["steps"] + step,
+            minutes=round(before["minutes"] + minutes, 1),
+            batch=recipe.batch,
+            loss=round(running, 5),
+            command=command,
+            threads=torch.get_num_threads(),
+            label_dropout=recipe.label_dropout,
+            lr=recipe.lr,
+            ema=recipe.ema,
+        )
+        average_model = kind(**config)
+        average_model.load_state_dict(average)
+        shape = dict(channels=1, image_size=data.SIZE, num_classes=data.CLASSES)
+        facts = dict(**shape, **SAMPLING[name], training=training)
+        return save(average_model, out / f"{name}.safetensors", **facts)
+
+    while (share := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
+        warm = min(1.0, (step + 1) / recipe.warmup_steps)
+        lr = recipe.lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        pick = torch.randint(len(train_set.x), (recipe.batch,))
+        y = train_set.y[pick].masked_fill(
+            torch.rand(recipe.batch) < recipe.label_dropout, data.CLASSES
+        )
+        loss = loss_of(model, data.augment(train_set.x[pick]), y, alpha_bar)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+        running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
+        if step % 100 == 0:
+            print(
+                f"step {step} minutes {(time.monotonic() - start) / 60:.1f} loss {running:.4f}",
+                flush=True,
+            )
+        if time.monotonic() - saved > 60 * recipe.save_minutes:
+            card, saved = write(), time.monotonic()
+    card = write()
+    print(json.dumps({"done": name, **card["training"]}), flush=True)
+    return card

