@@ -12,8 +12,18 @@
 // add per score vector; groups and full biases are transposed rows [.][3W] that offsets choose
 // from. Work is split by scores, so that ragged lengths stay balanced.
 //
-// The scale is applied to finished scores, not to q: folding it into q gave outliers of 2.5 times
-// the float32 error of eager torch, and costs bfloat16 a second rounding of q.
+// Tried, on one thread of an AMD EPYC (Zen 5), `bench/run.py attention --threads 1`; ratios are to
+// scaled_dot_product_attention at (2,16,1024,64) of the same run, whose float32 is AVX2:
+//   as above, sums of O held over all keys     2.4 float32, 1.2 at the avx2 level, 4.3 bfloat16;
+//     scale folded into q                      but errors up to 3 times the allowed at 4096 keys
+//   O summed per block of keys first           same time, errors of eager torch
+//   scale applied to finished scores           same time; folded, q is rounded once more: the worst
+//                                              of 500 float32 cases had 2.7 times the error of eager
+//   blocks of 64, 96, 192 or 256 keys          within 3 %, so 128: S and Q of D 64 fit L1 together
+//   float32 K, V in place for <= 96 rows       (1,8,16,1024,64) 315 to 229 us; above, no gain
+//   loops not inlined per dtype                same time, 10 s of compiling per level, from 25
+// What is left: without any exponential bfloat16 would gain 10 %, float32 nothing measurable: it
+// runs at 200 to 207 GFLOP/s there, what the two FMA pipes give.
 #include "attention.h"
 #include "vec.h"
 
@@ -148,10 +158,12 @@ FD_LOOP void score_block(const Keys& block, const float* q, float c, const float
     const float* row = whole ? block.k + t * block.stride : block.tail;
     const int64_t stride = whole && Words::per_word == 1 ? block.stride : words;
     float* out = s + t * kLanes;
+    Vec acc[kM][NR];
     int64_t w = 0;
-    for (; w + kDepth < words; w += kDepth) {
-      Vec acc[kM][NR];
-      multiply<Words, NR>(row + w, stride, 1, q + w * kLanes, kDepth, acc);
+    for (;; w += kDepth) {
+      const int64_t depth = words - w < kDepth ? words - w : kDepth;
+      multiply<Words, NR>(row + w, stride, 1, q + w * kLanes, depth, acc);
+      if (w + depth == words) break;
 #pragma GCC unroll 8
       for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 3
@@ -160,8 +172,6 @@ FD_LOOP void score_block(const Keys& block, const float* q, float c, const float
           (w ? acc[i][j] + Vec::load(x) : acc[i][j]).store(x);
         }
     }
-    Vec acc[kM][NR];
-    multiply<Words, NR>(row + w, stride, 1, q + w * kLanes, words - w, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 3
@@ -429,14 +439,14 @@ struct Worker {
       value_block<Words, NR>(v_head + t0 / Words::per_word * v_stride, panel_stride, v_stride,
                              panels, s, p_words, correction, t0 == 0, o);
     }
-    store<NR>(b, h, first_row, m, sum);
+    store(b, h, first_row, NR, m, sum);
   }
 
-  template <int NR>
-  void store(int64_t b, int64_t h, int64_t first_row, const Vec (&m)[NR], const Vec (&sum)[NR]) {
+  __attribute__((noinline)) void store(int64_t b, int64_t h, int64_t first_row, int vectors,
+                                       const Vec* m, const Vec* sum) {
     const float* o = scratch + at.out;
     const int64_t row_stride = a.heads * a.dim;
-    for (int j = 0; j < NR; ++j) {
+    for (int j = 0; j < vectors; ++j) {
       int64_t row = first_row + j * W;
       int rows = a.rows - row < W ? int(a.rows - row) : W;
       alignas(64) float top[W], total[W];
