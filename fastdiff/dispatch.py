@@ -1,7 +1,7 @@
 """The one dispatcher: an op is a table of rows, and the first row that does not refuse runs.
 
 A row refuses with a sentence. ``explain(op, *args)`` prints them all; forcing a row that refuses
-raises its sentence. Nothing here looks at values: only shapes, dtypes, strides, devices, grad flags.
+raises its sentence. Nothing here looks at values: shapes, dtypes, strides, devices, grad flags only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NoImpl(RuntimeError):
 
 
 class Impl(NamedTuple):
-    """One row: ``why_not(*args)`` gives None (usable) or a sentence, with the arguments of ``fn``."""
+    """One row: ``why_not``, with the arguments of ``fn``, gives None (usable) or a sentence."""
 
     name: str
     fn: Callable[..., Any]
@@ -38,9 +38,8 @@ def _parse(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-_forced: ContextVar[tuple[str, ...]] = ContextVar(
-    "fastdiff_impl", default=_parse(os.environ.get("FASTDIFF_IMPL"))
-)
+_START = _parse(os.environ.get("FASTDIFF_IMPL"))
+_forced: ContextVar[tuple[str, ...]] = ContextVar("fastdiff_impl", default=_START)
 _record: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("fastdiff_record", default=None)
 
 
@@ -54,8 +53,8 @@ def use(*names: str) -> Iterator[None]:
     """Inside the block every op runs the first of ``names`` that its table has: ``use("ref")``.
 
     A named row that refuses raises :class:`NoImpl` with its sentence. ``use()`` lifts an outer
-    force. The start value comes from ``FASTDIFF_IMPL``, e.g. ``FASTDIFF_IMPL=triton,ref``. A function
-    under ``torch.compile`` keeps the row that was in force when it was traced.
+    force. The start value comes from ``FASTDIFF_IMPL``, e.g. ``FASTDIFF_IMPL=triton,ref``. A
+    function under ``torch.compile`` keeps the row that was in force when it was traced.
     """
     token = _forced.set(names)
     try:
@@ -76,7 +75,7 @@ def record() -> Iterator[Counter[tuple[str, str]]]:
 
 
 def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callable[..., Any]:
-    """The function of the row to run for ``args``: forced by ``impl`` or :func:`use`, else the first usable.
+    """The function of the row to run for ``args``: forced (``impl``, :func:`use`) or first usable.
 
     Raises:
         NoImpl: the forced row does not exist or refuses.
@@ -91,8 +90,10 @@ def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callab
         if reason is not None:
             raise NoImpl(f"{op}: row {row.name} refuses: {reason}")
     else:
-        row = next((r for r in impls if r.why_not(*args) is None), None)
-        if row is None:
+        for row in impls:
+            if row.why_not(*args) is None:
+                break
+        else:
             reasons = "; ".join(f"{r.name}: {r.why_not(*args)}" for r in impls)
             raise NoImpl(f"{op}: every row refuses: {reasons}")
     if not torch.compiler.is_compiling():

@@ -52,14 +52,17 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> No
 
 def check_shape(op: str, name: str, t: Tensor, *needs: Sequence[int]) -> None:
     """``t`` has one of the shapes ``needs``."""
-    if tuple(t.shape) not in [tuple(n) for n in needs]:
-        alternatives = " or ".join(str(list(n)) for n in needs)
-        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {alternatives}")
+    for need in needs:
+        if t.shape == tuple(need):
+            return
+    alternatives = " or ".join(str(list(n)) for n in needs)
+    raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {alternatives}")
 
 
 def check_last(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """``t`` is one vector over the last dimension of ``x``."""
-    check_shape(op, name, t, (x.shape[-1],))
+    if t.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {[x.shape[-1]]}")
 
 
 def check_finite(op: str, name: str, value: float, *, positive: bool = False) -> None:

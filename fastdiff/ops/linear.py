@@ -98,9 +98,12 @@ def _product_ms(dtype: torch.dtype) -> tuple[float, float]:
         return _time_products(dtype)
 
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 @torch.compiler.assume_constant_result
 def _onednn_enabled() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
+    return _HAS_ONEDNN and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.enabled
 
 
 def _why_not_cpu(x: Tensor, weight: Tensor) -> str | None:

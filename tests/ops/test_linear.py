@@ -91,6 +91,7 @@ def test_nan_and_infinity_reach_their_rows_only():
         torch.testing.assert_close(got[5:], want[5:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_which_row_runs():
     large = make((128,), *LARGE[1:], torch.float32)
     assert fastdiff.explain(linear, *large)["onednn"] is None
