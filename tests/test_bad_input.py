@@ -1,0 +1,275 @@
+"""Bad input: one error that names op, argument, value and need; never a crash, never a wrong result.
+
+Every tensor argument of every op is spoilt in every way of ``SPOIL``; ``CASES`` adds what is particular
+to an op. The C++ entries, which see no check of Python's, get the same in a process of their own.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nan, ones
+
+import fastdiff
+from fastdiff import info, ops
+from fastdiff.ops import GroupBias, Noise
+
+INF = float("inf")
+
+
+def index(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def good(op):
+    """Keyword arguments of a call that works, with every optional tensor given."""
+    x, q = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8)
+    rows = len(info.COLUMNS)
+    return {
+        "attention": dict(
+            q=q, k=q, v=q, bias=torch.zeros(2, 2, 5, 5), key_lengths=index(2) + 3, q_index=index(2, 4)
+        ),
+        "fused_step": dict(
+            x=q, m=torch.stack((q, q)), w=torch.ones(2, 2), coef=torch.zeros(2, rows), step=index(2),
+            h1=q, h2=q, mask=ones(2, 1, 5, 8), ref=q, stored=q, select=torch.ones(2, dtype=torch.bool),
+        ),
+        "gate_residual": dict(x=x, y=x, gate=torch.randn(2, 8)),
+        "gate_residual_norm_modulate": dict(
+            x=x, y=x, gate=torch.randn(2, 8), shift=torch.randn(2, 8), scale=torch.randn(2, 8),
+            weight=ones(8), bias=ones(8),
+        ),
+        "geglu": dict(x=x, bias=ones(8)),
+        "gelu_tanh": dict(x=x, bias=ones(8)),
+        "group_norm_silu": dict(
+            x=q, num_groups=1, weight=ones(2), bias=ones(2), shift=ones(2, 2), scale=ones(2, 2)
+        ),
+        "layer_norm_modulate": dict(
+            x=x, shift=torch.randn(2, 8), scale=torch.randn(2, 8), weight=ones(8), bias=ones(8)
+        ),
+        "linear": dict(x=x, weight=ones(4, 8), bias=ones(4)),
+        "philox_normal": dict(shape=(2, 7), seed=index(2), slot=index(2), step=index(2)),
+        "qk_norm_rope": dict(
+            q=q, k=q, q_weight=ones(8), k_weight=ones(8), cos=ones(5, 4), sin=ones(5, 4),
+            position=index(2, 5),
+        ),
+    }[op]  # fmt: skip
+
+
+SPOIL = {
+    "a string": lambda t: "tensor",
+    "a number": lambda t: 1.5,
+    "a list": lambda t: t.tolist(),
+    "int32": lambda t: t.to(torch.int32),
+    "complex": lambda t: t.to(torch.complex64),
+    "another device": lambda t: t.to("meta"),
+    "one dimension more": lambda t: t.reshape(1, 1, 1, 1, *t.shape),
+    "no dimension": lambda t: t.flatten()[0].clone(),
+    "sparse": lambda t: t.to_sparse(),
+    "last dimension + 1": lambda t: torch.cat((t, t[..., :1]), -1),
+    "first dimension + 1": lambda t: torch.cat((t, t[:1]), 0),
+}
+# What an op may take that others refuse.
+FINE = {
+    ("geglu", "x", "one dimension more"): "any number of leading dimensions",
+    ("gelu_tanh", "x", "one dimension more"): "any number of leading dimensions",
+    ("linear", "x", "one dimension more"): "any number of leading dimensions",
+    ("geglu", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("gelu_tanh", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("linear", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("group_norm_silu", "x", "last dimension + 1"): "a wider picture, which no other argument has",
+    ("attention", "q_index", "last dimension + 1"): "any number of rows may be chosen",
+    ("qk_norm_rope", "cos", "first dimension + 1"): "sin is what differs then, and is named",
+    ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
+    ("fused_step", "step", "no dimension"): "one row for all samples",
+    ("fused_step", "coef", "first dimension + 1"): "step picks rows of any number of them",
+    ("philox_normal", "seed", "no dimension"): "one seed for all samples",
+    ("philox_normal", "slot", "no dimension"): "one slot for all samples",
+    ("philox_normal", "step", "no dimension"): "one step for all samples",
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+@pytest.mark.parametrize("op", info.op_names())
+def test_spoilt_tensor(op, how):
+    call = good(op)
+    getattr(ops, op)(**call)
+    for name, value in call.items():
+        if not isinstance(value, torch.Tensor) or (op, name, how) in FINE:
+            continue
+        with pytest.raises(ValueError) as caught:
+            getattr(ops, op)(**{**call, name: SPOIL[how](value)})
+            pytest.fail(f"{op} takes {name} as {how}")
+        text = str(caught.value)
+        assert text.startswith(f"{op}: ") and "need" in text, f"{name} as {how}: {text}"
+        assert "\n" not in text
+
+
+X, Q = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8)
+GROUPS = GroupBias(index(2, 5), index(2, 5), torch.zeros(1, 1, 2, 2))
+CASES = [
+    ("attention", dict(q=Q, k=Q, v=Q, scale=nan), "scale is nan, need a finite number"),
+    ("attention", dict(q=Q, k=Q, v=Q, scale="big"), "scale is 'big', need a finite number"),
+    ("attention", dict(q=Q, k=Q[:1], v=Q), r"k has shape \[1, 2, 5, 8\], need \[2, 2, 5, 8\]"),
+    ("attention", dict(q=Q, k=Q[..., :4], v=Q), r"k has shape \[2, 2, 5, 4\], need"),
+    ("attention", dict(q=Q, k=Q, v=Q[:, :, :4]), r"v has shape \[2, 2, 4, 8\], need"),
+    ("attention", dict(q=Q[..., :0], k=Q[..., :0], v=Q[..., :0]), "need a head dimension above 0"),
+    ("attention", dict(q=Q, k=Q, v=Q.half()), "v is torch.float16, need torch.float32"),
+    ("attention", dict(q=Q, k=Q, v=Q, bias=ones(3, 1, 5)), r"bias has shape \[3, 1, 5\], need"),
+    ("attention", dict(q=Q, k=Q, v=Q, key_lengths=index(2) + 6), "key_lengths .* 6.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, key_lengths=index(2) - 1), "key_lengths .* -1.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, q_index=index(2, 1) + 5), "q_index .* 5.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, q_index=index(2, 1) - 1), "q_index .* -1.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, bias=GROUPS._replace(query_group=index(2, 5) + 2)),
+     "query_group .* 2.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, bias=GROUPS._replace(key_group=index(2, 5) - 1)),
+     "key_group .* -1.* need"),
+    ("attention", dict(q=Q, k=Q, v=Q, bias=GROUPS._replace(table=ones(2, 2))),
+     r"table has shape \[2, 2\], need 4 dimensions"),
+    ("attention", dict(q=Q, k=Q, v=Q, bias=GROUPS._replace(table=ones(1, 3, 2, 2))),
+     r"table has shape \[1, 3, 2, 2\]"),
+    ("group_norm_silu", dict(x=Q, num_groups=3), "num_groups is 3, need a divisor of C = 2"),
+    ("group_norm_silu", dict(x=Q, num_groups=0), "num_groups is 0, need"),
+    ("group_norm_silu", dict(x=Q, num_groups=1.0), "num_groups is 1.0, need"),
+    ("group_norm_silu", dict(x=Q, num_groups=1, eps=0), "eps is 0, need a finite number above 0"),
+    ("group_norm_silu", dict(x=Q, num_groups=1, eps=nan), "eps is nan"),
+    ("layer_norm_modulate", dict(x=X, eps=-1.0), "eps is -1.0, need a finite number above 0"),
+    ("layer_norm_modulate", dict(x=X, eps=INF), "eps is inf"),
+    ("layer_norm_modulate", dict(x=X, shift=ones(2, 4, 8)), r"shift has shape \[2, 4, 8\], need"),
+    ("layer_norm_modulate", dict(x=X[0]), r"x has shape \[3, 8\], need 3 dimensions"),
+    ("gate_residual", dict(x=X, y=X[:1], gate=ones(2, 8)), r"y has shape \[1, 3, 8\], need"),
+    ("gate_residual", dict(x=X, y=X, gate=ones(8)), r"gate has shape \[8\], need"),
+    ("geglu", dict(x=X[..., :7]), r"x has shape \[2, 3, 7\], need an even last dimension"),
+    ("geglu", dict(x=X, approximate="erf"), "approximate is 'erf', need 'none' or 'tanh'"),
+    ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
+    ("linear", dict(x=X, weight=ones(4, 8), activation="relu"), "activation is 'relu', need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4)), "need both"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 5), sin=ones(5, 5)), r"cos has shape \[5, 5\], need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(4, 4), sin=ones(4, 4)), r"cos has shape \[4, 4\], need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, position=index(2, 5)), "need cos and sin"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4), sin=ones(5, 4), position=index(2, 5) + 5),
+     "position .* 5.* need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4), sin=ones(5, 4), position=index(2, 5) - 1),
+     "position .* -1.* need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, eps=-1), "eps is -1, need"),
+    ("fused_step", dict(x=Q, m=Q, coef=torch.zeros(7)), r"coef has shape \[7\], need"),
+    ("fused_step", dict(x=Q, m=torch.stack((Q, Q)), coef=torch.zeros(1, 16)), "need"),
+    ("fused_step", dict(good("fused_step"), step=index(2) + 2), "step .* 2.* need"),
+    ("fused_step", dict(good("fused_step"), step=index(2) - 1), "step .* -1.* need"),
+    ("fused_step", dict(good("fused_step"), rescale=2.0), "rescale is 2.0, need"),
+    ("fused_step", dict(good("fused_step"), ref=None), "mask and ref go together"),
+    ("fused_step", dict(good("fused_step"), noise=Noise(-1)), "seed is -1, need"),
+    ("philox_normal", dict(shape=(2, -1), seed=0), r"shape is \(2, -1\), need"),
+    ("philox_normal", dict(shape=(), seed=0), r"shape is \(\), need"),
+    ("philox_normal", dict(shape=(2, 3), seed=2**63), "seed is 9223372036854775808, need"),
+    ("philox_normal", dict(shape=(2, 3), seed=0, stream=-1), "stream is -1, need"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, call, message", CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_particular(op, call, message):
+    """On every row that takes such a call: an index is checked where it is used."""
+    for row in (None, "ref"):
+        with pytest.raises((ValueError, RuntimeError, IndexError), match=message) as caught:
+            getattr(ops, op)(**call, impl=row)
+        assert str(caught.value).startswith(f"{op}: "), f"{row}: {caught.value}"
+
+
+@pytest.mark.parametrize("op", info.op_names())
+def test_no_such_row(op):
+    with pytest.raises(fastdiff.NoImpl, match=f"^{op}: no row named magic; this op has .*ref"):
+        getattr(ops, op)(**good(op), impl="magic")
+
+
+ENTRIES = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+import fastdiff
+torch.manual_seed(0)
+x, q, one, long = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8), torch.ones, torch.int64
+CALLS = dict(
+    attention=dict(q=q, k=q, v=q, scale=1.0, bias=torch.zeros(2, 2, 5, 5),
+                   key_lengths=torch.full((2,), 3), q_index=torch.zeros(2, 4, dtype=long)),
+    layer_norm_modulate=dict(x=x, shift=x[:, 0], scale=x[:, 0], weight=one(8), bias=one(8)),
+    gate_residual=dict(x=x, y=x, gate=x[:, 0]),
+    gate_residual_norm_modulate=dict(x=x, y=x, gate=x[:, 0], shift=x[:, 0], scale=x[:, 0],
+                                     weight=one(8), bias=one(8)),
+    group_norm_silu=dict(x=q, num_groups=1, weight=one(2), bias=one(2), shift=one(2, 2),
+                         scale=one(2, 2)),
+    geglu=dict(x=x, bias=one(8)),
+    gelu_tanh=dict(x=x, bias=one(8)),
+    qk_norm_rope=dict(q=q, k=q, q_weight=one(8), k_weight=one(8), cos=one(5, 4), sin=one(5, 4),
+                      position=torch.zeros(2, 5, dtype=long)),
+)
+SPOIL = dict(
+    int32=lambda t: t.to(torch.int32),
+    double=lambda t: t.double(),
+    other_float=lambda t: t.to(torch.bfloat16 if t.is_floating_point() else torch.float32),
+    more_dims=lambda t: t.reshape(1, 1, 1, 1, *t.shape),
+    scalar=lambda t: t.flatten()[0].clone(),
+    last_more=lambda t: torch.cat((t, t[..., :1]), -1),
+    last_less=lambda t: t[..., :-1],
+    first_more=lambda t: torch.cat((t, t[:1]), 0),
+    empty=lambda t: t[:0],
+    empty_last=lambda t: t[..., :0],
+    high=lambda t: t + 1000 if t.dtype == long else None,
+    negative=lambda t: t - 1000 if t.dtype == long else None,
+    meta=lambda t: t.to("meta"),
+)
+FLAGS = dict(eps=1e-6, rms=False, silu=True, tanh=False, interleaved=True)
+for op, given in CALLS.items():
+    entry = getattr(torch.ops.fastdiff, op).default
+    base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
+    entry(**base)  # a good call works
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for how, spoil in SPOIL.items():
+            spoilt = spoil(value)
+            if spoilt is None:
+                continue
+            print(json.dumps([op, name, how, "start", ""]), flush=True)
+            try:
+                out = entry(**{**base, name: spoilt})
+                for t in out if isinstance(out, tuple) else (out,):
+                    t.sum() if t.device.type == "cpu" else None
+                result = "took it", ""
+            except Exception as error:
+                result = type(error).__name__, str(error).split("\\n")[0]
+            print(json.dumps([op, name, how, *result]), flush=True)
+print(json.dumps(["group_norm_silu", "num_groups", "3", "start", ""]), flush=True)
+for groups in (3, 0, -1, 2**40):
+    try:
+        torch.ops.fastdiff.group_norm_silu(q, groups, None, None, None, None, 1e-5, True)
+        print(json.dumps(["group_norm_silu", "num_groups", groups, "took it", ""]), flush=True)
+    except Exception as error:
+        line = type(error).__name__, str(error).split("\\n")[0]
+        print(json.dumps(["group_norm_silu", "num_groups", groups, *line]), flush=True)
+"""
+# Spoilt arguments that are valid calls all the same.
+VALID = {
+    ("attention", "q_index", "last_more"),
+    ("attention", "q_index", "last_less"),
+    ("attention", "q_index", "empty_last"),
+    ("attention", "bias", "other_float"),
+    ("qk_norm_rope", "position", "high"),
+}
+
+
+@pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built for this machine")
+def test_native_entries_raise_and_never_crash(tmp_path):
+    script = tmp_path / "entries.py"
+    script.write_text(ENTRIES)
+    place = Path(fastdiff.__file__).parents[1]
+    command = [sys.executable, str(script), str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"died after {lines[-1:]}: {done.stderr[-2000:]}"
+    took = [tuple(line[:3]) for line in lines if line[3] == "took it" and line[2] != "meta"]
+    assert not set(took) - VALID, f"accepted: {sorted(set(took) - VALID)}"
+    for op, name, how, kind, message in lines:
+        if kind not in ("start", "took it") and how != "meta":
+            assert kind in ("RuntimeError", "ValueError", "IndexError"), (op, name, how, kind, message)
+            assert message.startswith(f"{op}: "), (op, name, how, message)

@@ -1,0 +1,114 @@
+"""Native kernels read nothing outside their tensors: every input ends, or starts, at an unreadable page.
+
+A masked lane touches no memory, so this sees what sanitizers do not (they skip masked vector loads), and
+at full speed. In a process of its own, since a stray read kills it; the control plants one.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+import fastdiff
+
+SCRIPT = """
+import ctypes, itertools, mmap, sys
+import torch
+import fastdiff
+from fastdiff import ops
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+PAGE = mmap.PAGESIZE
+kept = []
+
+def guard(t, at_end):
+    # The values of t between two unreadable pages, touching one of them.
+    if t is None or t.numel() == 0:
+        return t
+    size = t.numel() * t.element_size()
+    room = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, room + 2 * PAGE)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = PAGE + (room - size if at_end else 0)
+    new = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset).view(t.shape)
+    new.copy_(t)
+    for page in (start, start + PAGE + room):
+        assert libc.mprotect(page, PAGE, 0) == 0
+    return new
+
+def calls(dtype):
+    def r(*shape):
+        return torch.randn(shape).to(dtype)
+    def i(high, *shape):
+        return torch.randint(high, shape)
+    for b, n, d in ((1, 1, 1), (2, 3, 7), (1, 5, 17), (2, 2, 33), (1, 3, 65), (1, 2, 1152)):
+        x, y, m = r(b, n, d), r(b, n, d), [r(b, d) for _ in range(3)]
+        yield "gelu_tanh", (x, r(d)), {}
+        yield "geglu", (r(b, n, 2 * d), r(2 * d)), {}
+        yield "layer_norm_modulate", (x, m[0], m[1]), dict(weight=r(d), bias=r(d))
+        yield "gate_residual", (x, y, m[2]), {}
+        yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
+    for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
+        extra = dict(shift=r(b, c), scale=r(b, c))
+        yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra
+    for b, h, s, t, d in ((1, 1, 1, 1, 1), (2, 2, 5, 7, 8), (1, 2, 9, 17, 40), (1, 1, 33, 65, 72)):
+        q, k, v = r(b, h, s, d), r(b, h, t, d), r(b, h, t, d)
+        yield "attention", (q, k, v), {}
+        yield "attention", (q, k, v), dict(bias=r(b, h, s, t))
+        yield "attention", (q, k, v), dict(bias=r(b, 1, t), key_lengths=i(t + 1, b))
+        yield "attention", (q, k, v), dict(q_index=i(s, b, 3))
+        table = torch.randn(1, 1, 2, 3)
+        groups = ops.GroupBias(i(2, b, s), i(3, 1, t), table)
+        yield "attention", (q, k, v), dict(bias=groups)
+        if d % 2 == 0:
+            angle = torch.randn(s, d // 2)
+            table = dict(cos=angle.cos(), sin=angle.sin(), position=i(s, b, s))
+            for interleaved in (False, True):
+                extra = dict(table, interleaved=interleaved)
+                yield "qk_norm_rope", (q, q.clone(), r(d), r(d)), extra
+
+def fence(value, at_end):
+    if isinstance(value, torch.Tensor):
+        return guard(value, at_end)
+    if isinstance(value, ops.GroupBias):
+        return ops.GroupBias(*(guard(t, at_end) for t in value))
+    return value
+
+if sys.argv[1] == "control":
+    page = guard(torch.ones(5), True)
+    print("planted", flush=True)
+    ctypes.c_float.from_address(page.data_ptr() + 20).value
+levels = fastdiff.cpu_levels()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    torch.manual_seed(0)
+    for (op, args, extra), at_end in itertools.product(calls(dtype), (True, False)):
+        args = [fence(a, at_end) for a in args]
+        extra = {k: fence(v, at_end) for k, v in extra.items()}
+        if fastdiff.explain(getattr(ops, op), *args, **extra).get("native", "absent") is not None:
+            continue
+        for level in levels:
+            print(op, dtype, level, [list(a.shape) for a in args if hasattr(a, "shape")], flush=True)
+            fastdiff.set_cpu_level(level)
+            getattr(ops, op)(*args, **extra, impl="native")
+print("done", flush=True)
+"""
+
+
+def run(what):
+    command = [sys.executable, "-c", SCRIPT, what]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built for this machine")
+def test_no_read_outside_of_inputs():
+    done = run("all")
+    last = done.stdout.strip().splitlines()[-1:]
+    assert done.returncode == 0, f"died with {done.returncode} in {last}: {done.stderr[-2000:]}"
+    assert last == ["done"]
+
+
+def test_control_planted_read():
+    done = run("control")
+    assert done.stdout.strip() == "planted" and done.returncode < 0

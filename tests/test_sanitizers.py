@@ -1,0 +1,106 @@
+"""The native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``pytest -m slow``.
+
+Builds a copy of the sources with ``FASTDIFF_SANITIZE=address,undefined`` and runs the tests of the ops on
+it. The control plants a read past the end of a row and must be caught. Masked vector loads are not
+instrumented by compilers; test_memory_guard.py sees those.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastdiff
+
+ROOT = Path(__file__).parents[1]
+SKIP = shutil.ignore_patterns(
+    "__pycache__", ".git", ".venv", ".path", "build", "*.so", "*.egg-info", "_build_info*", "out"
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built here"),
+]
+
+
+def library(name):
+    """The path of a sanitizer's runtime library, as the compiler finds it."""
+    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def build(tree):
+    env = {**os.environ, "FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(tree, *command):
+    """Run Python on the instrumented copy; leaks are not looked for, as Python leaks by design."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tree / "site"),
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=tree, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A built copy of the sources, importable from ``tree/site`` alone."""
+    tree = tmp_path_factory.mktemp("sanitized") / "tree"
+    shutil.copytree(ROOT, tree, ignore=SKIP, symlinks=True)
+    link = tree / "fastdiff" / "kernels"
+    if not link.exists():
+        link.symlink_to("../kernels")
+    (tree / "site").mkdir()
+    (tree / "site" / "fastdiff").symlink_to("../fastdiff")
+    build(tree)
+    return tree
+
+
+def native_tests():
+    """Test files of ops that have C++ kernels."""
+    stems = sorted(p.name.removesuffix("_kernel.cpp") for p in ROOT.glob("csrc/cpu/*_kernel.cpp"))
+    return [f"tests/ops/test_{stem}.py" for stem in stems]
+
+
+@pytest.mark.parametrize("file", native_tests())
+def test_native_ops_are_clean(tree, file):
+    # Compiling and the interpreter run no kernel of ours that the other tests do not run.
+    words = "not triton and not compile"
+    done = run(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", words)
+    text = done.stdout + done.stderr
+    assert "ERROR: AddressSanitizer" not in text and "runtime error:" not in text, text[-6000:]
+    assert done.returncode == 0, text[-3000:]
+
+
+def test_bad_input_is_clean(tree):
+    done = run(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_bad_input.py")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def test_control_planted_read_past_the_end(tree):
+    """Without its mask the tail of a row of 5 reads 8 or 16 elements."""
+    call = "import torch, fastdiff; print(fastdiff.ops.gelu_tanh(torch.ones(5), impl='native'))"
+    assert run(tree, "-c", call).returncode == 0
+    path = tree / "csrc" / "cpu" / "gelu_tanh_kernel.cpp"
+    text = path.read_text()
+    mutant = text.replace("Vec h = Vec::load(x + i, n);", "Vec h = Vec::load(x + i);")
+    assert mutant != text
+    try:
+        path.write_text(mutant)
+        build(tree)
+        done = run(tree, "-c", call)
+        assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    finally:
+        path.write_text(text)
+        build(tree)
