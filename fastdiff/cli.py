@@ -86,11 +86,13 @@ def parser() -> Parser:
         "(default: both)",
     )
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
-    p.add_argument("--sampler", default="ddim", help="a name of fastdiff.samplers.SAMPLERS")
+    p.add_argument(
+        "--sampler", help="a name of fastdiff.samplers.SAMPLERS (default: the model card's)"
+    )
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 4 of each class)")
     p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
-    p.add_argument("--guidance", type=_finite(0, 1000), default=2.0, help="1 is none (default: 2)")
+    p.add_argument("--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)")
     p.add_argument("--guidance-rescale", type=_finite(0, 1), default=0.0)
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")

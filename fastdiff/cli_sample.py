@@ -23,7 +23,7 @@ from fastdiff import models
 from fastdiff.cli import MODELS, UsageError
 
 MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
-SIZE = 32  # of the bundled models, for a network that does not tell its own
+SIZE = 32  # of a checkpoint whose card does not tell
 PAD, ZOOM = 2, 2  # pixels between pictures; whole-number enlargement
 
 
@@ -76,14 +76,16 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
-        self.model = self.load()
+        self.model, card = self.load()
         self.labels = _labels(self.model.num_classes, args)
-        size = args.size or getattr(self.model, "input_size", SIZE)
+        self.sampler = args.sampler or card.get("sampler", "ddim")
+        self.guidance = card.get("guidance", 1.0) if args.guidance is None else args.guidance
+        size = args.size or card.get("image_size", SIZE)
         self.shape = (len(self.labels), self.model.in_channels, size, size)
 
-    def load(self, plain: bool = False) -> Any:
-        """The network, or its twin in plain torch."""
-        return models.load(self.name, dtype=getattr(torch, self.args.dtype), plain=plain)[0]
+    def load(self, plain: bool = False) -> tuple[Any, dict[str, Any]]:
+        """The network, or its twin in plain torch, and its card."""
+        return models.load(self.name, dtype=getattr(torch, self.args.dtype), plain=plain)
 
     def draw(self, model: nn.Module, steps: int, progress: str = "") -> Tensor:
         """Pictures ``[B,C,H,W]``; the same noise in every call."""
@@ -92,10 +94,10 @@ class Job:
             return fastdiff.sample(
                 model,
                 self.shape,
-                sampler=self.args.sampler,
+                sampler=self.sampler,
                 steps=steps,
                 classes=torch.tensor(self.labels),
-                guidance=self.args.guidance,
+                guidance=self.guidance,
                 guidance_rescale=self.args.guidance_rescale,
                 seed=self.args.seed,
                 callback=lambda *_: bar.update(),
@@ -105,7 +107,7 @@ class Job:
 def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
     """Time the same weights in plain torch: eager, and compiled where asked for."""
     args = job.args
-    plain = job.load(plain=True)
+    plain, _ = job.load(plain=True)
     arms: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {
         "fastdiff": (job.model, nullcontext),
         "torch eager": (plain, lambda: fastdiff.use("ref")),
@@ -143,9 +145,9 @@ def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]
     seconds = time.perf_counter() - start
     report: dict[str, Any] = {
         "model": name,
-        "sampler": args.sampler,
+        "sampler": job.sampler,
         "steps": args.steps,
-        "guidance": args.guidance,
+        "guidance": job.guidance,
         "guidance_rescale": args.guidance_rescale,
         "seed": args.seed,
         "dtype": args.dtype,

@@ -17,7 +17,8 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _check_strided(op: str, name: str, t: Tensor) -> None:
+def check_strided(op: str, name: str, t: Tensor) -> None:
+    """``t`` has one value for every index: it is not sparse, nor any other compressed layout."""
     if t.layout != torch.strided:
         raise ValueError(f"{op}: {name} has layout {t.layout}, need a strided tensor")
 
@@ -32,7 +33,7 @@ def check_tensor(
         raise ValueError(
             f"{op}: {name} is {t.dtype}, need float16, bfloat16, float32 (or float64)"
         )
-    _check_strided(op, name, t)
+    check_strided(op, name, t)
     if dim is not None and t.dim() != dim:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {dim} dimensions")
     if t.dim() < min_dim:
@@ -43,7 +44,7 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> No
     """``t`` is a tensor of the dtype and device of ``x``."""
     if not isinstance(t, Tensor):
         raise ValueError(f"{op}: {name} is {type(t).__name__}, need a torch.Tensor")
-    _check_strided(op, name, t)
+    check_strided(op, name, t)
     if t.dtype != x.dtype:
         raise ValueError(f"{op}: {name} is {t.dtype}, need {x.dtype}, the dtype of {other}")
     if t.device != x.device:
@@ -76,7 +77,7 @@ def check_index(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> N
     """``t`` is an int64 tensor on the device of ``x``."""
     if not isinstance(t, Tensor):
         raise ValueError(f"{op}: {name} is {type(t).__name__}, need a torch.Tensor")
-    _check_strided(op, name, t)
+    check_strided(op, name, t)
     if t.dtype != torch.int64:
         raise ValueError(f"{op}: {name} is {t.dtype}, need torch.int64")
     if t.device != x.device:

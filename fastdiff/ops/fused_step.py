@@ -34,7 +34,15 @@ from torch import Tensor
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
-from fastdiff.ops._check import check_index, check_like, check_shape, check_tensor, wide
+from fastdiff.ops._check import (
+    check_index,
+    check_like,
+    check_range,
+    check_shape,
+    check_strided,
+    check_tensor,
+    wide,
+)
 
 COLUMNS = (
     "a_x", "a_m", "c_x", "c_0", "c_m", "c_h1", "c_h2", "sigma",
@@ -112,6 +120,8 @@ def fused_step_ref(
 ) -> tuple[Tensor, Tensor]:
     """The specification: float32 inside (float64 for float64 ``x``), one rounding at the end."""
     x32 = wide(x)
+    if step is not None:
+        check_range("fused_step", "step", step, 0, coef.shape[0])
     rows = coef if step is None else coef.index_select(0, step)
     rows = rows.to(x32.dtype)
 
@@ -205,6 +215,7 @@ def _counters(
     values = (noise.seed, slot, noise.step)
     for name, value in zip(("seed", "slot", "step"), values, strict=True):
         if isinstance(value, Tensor):
+            check_strided(op, name, value)
             if value.dtype != torch.int64 or value.device != device:
                 raise ValueError(
                     f"{op}: {name} is {value.dtype} on {value.device}, need torch.int64 on {device}"
@@ -230,6 +241,7 @@ def _row_index(
             f"{coef.dtype} on {coef.device}" if isinstance(coef, Tensor) else type(coef).__name__
         )
         raise ValueError(f"{op}: coef is {found}, need torch.float32 on {x.device}")
+    check_strided(op, "coef", coef)
     if coef.dim() not in (1, 2) or coef.shape[-1] != width:
         raise ValueError(
             f"{op}: coef has shape {list(coef.shape)}, need [{width}], [B, {width}] or [n, {width}]"
@@ -323,6 +335,9 @@ def row_args(
     if (select is None) != (stored is None):
         raise ValueError(f"{op}: select and stored go together, and one of them is None")
     if select is not None:
+        if not isinstance(select, Tensor):
+            raise ValueError(f"{op}: select is {type(select).__name__}, need a torch.Tensor")
+        check_strided(op, "select", select)
         if select.dtype != torch.bool or select.device != x.device:
             raise ValueError(
                 f"{op}: select is {select.dtype} on {select.device}, need torch.bool on {x.device}"
@@ -356,8 +371,9 @@ def noise_row_args(
         raise ValueError(f"{op}: {numel} elements a sample, need at most {MAX_ELEMENTS}")
     if device is None:
         device = next((t.device for t in (seed, slot, step) if isinstance(t, Tensor)), "cpu")
+    device = torch.empty(0, device=device).device  # "cuda" becomes the cuda:0 that tensors have
     noise = Noise(seed, slot, step, stream)
-    return (*_counters(op, shape[0], torch.device(device), noise), stream, numel)
+    return (*_counters(op, shape[0], device, noise), stream, numel)
 
 
 TABLES = {"fused_step": (IMPLS, row_args), "philox_normal": (NOISE_IMPLS, noise_row_args)}
