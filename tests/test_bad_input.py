@@ -187,6 +187,7 @@ ENTRIES = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 import fastdiff
+assert fastdiff.cpu_levels()
 torch.manual_seed(0)
 x, q, one, long = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8), torch.ones, torch.int64
 CALLS = dict(
@@ -198,6 +199,13 @@ CALLS = dict(
                                      weight=one(8), bias=one(8)),
     group_norm_silu=dict(x=q, num_groups=1, weight=one(2), bias=one(2), shift=one(2, 2),
                          scale=one(2, 2)),
+    fused_step=dict(x=q, m=torch.stack((q, q)), w=one(2, 2), coef=torch.zeros(2, 14),
+                    step=torch.zeros(2, dtype=long), h1=q, h2=q, rescale=one(2),
+                    seed=torch.ones(2, dtype=long), slot=torch.ones(2, dtype=long),
+                    noise_step=torch.ones(2, dtype=long), mask=one(2, 1, 5, 8), ref=q,
+                    select=torch.ones(2, dtype=torch.bool), stored=q),
+    philox_normal=dict(seed=torch.ones(2, dtype=long), slot=torch.ones(2, dtype=long),
+                       step=torch.ones(2, dtype=long)),
     geglu=dict(x=x, bias=one(8)),
     gelu_tanh=dict(x=x, bias=one(8)),
     qk_norm_rope=dict(q=q, k=q, q_weight=one(8), k_weight=one(8), cos=one(5, 4), sin=one(5, 4),
@@ -218,7 +226,8 @@ SPOIL = dict(
     negative=lambda t: t - 1000 if t.dtype == long else None,
     meta=lambda t: t.to("meta"),
 )
-FLAGS = dict(eps=1e-6, rms=False, silu=True, tanh=False, interleaved=True)
+FLAGS = dict(eps=1e-6, rms=False, silu=True, tanh=False, interleaved=True, stream=0, keep=True,
+             numel=7)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}

@@ -100,7 +100,7 @@ def test_control_planted_read_past_the_end(tree):
         path.write_text(mutant)
         build(tree)
         done = run(tree, "-c", call)
-        assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
+        assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
     finally:
         path.write_text(text)
         build(tree)
