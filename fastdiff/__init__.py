@@ -1,4 +1,4 @@
-"""fastdiff: kernels, policies and an engine that make diffusion models sample and fine-tune fast."""
+"""fastdiff: kernels and an engine that make diffusion models sample and fine-tune fast."""
 
 from fastdiff import ops
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
