@@ -257,14 +257,31 @@ for groups in (3, 0, -1, 2**40):
         line = type(error).__name__, str(error).split("\\n")[0]
         print(json.dumps(["group_norm_silu", "num_groups", groups, *line]), flush=True)
 """
-# Spoilt arguments that are valid calls all the same.
+# Spoilt arguments that make a valid call all the same: another batch or row count that no other argument
+# has, one counter for all samples, any 64-bit word as a counter.
 VALID = {
-    ("attention", "q_index", "last_more"),
-    ("attention", "q_index", "last_less"),
-    ("attention", "q_index", "empty_last"),
-    ("attention", "bias", "other_float"),
-    ("qk_norm_rope", "position", "high"),
+    "attention": {"q_index": "last_more last_less empty_last"},
+    "fused_step": {
+        "m": "other_float",
+        "coef": "first_more",
+        "step": "last_less",
+        "seed": "last_less high negative",
+        "slot": "last_less high negative",
+        "noise_step": "last_less high negative",
+    },
+    "geglu": {"x": "more_dims first_more empty"},
+    "gelu_tanh": {"x": "more_dims first_more empty"},
+    "group_norm_silu": {"x": "last_more last_less empty_last"},
+    "philox_normal": {
+        "seed": "high negative",
+        "slot": "last_less high negative",
+        "step": "last_less high negative",
+    },
 }
+
+
+def valid(op, name, how):
+    return how in VALID.get(op, {}).get(name, "").split()
 
 
 @pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built for this machine")
@@ -276,8 +293,10 @@ def test_native_entries_raise_and_never_crash(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"died after {lines[-1:]}: {done.stderr[-2000:]}"
-    took = [tuple(line[:3]) for line in lines if line[3] == "took it" and line[2] != "meta"]
-    assert not set(took) - VALID, f"accepted: {sorted(set(took) - VALID)}"
+    took = [line[:3] for line in lines if line[3] == "took it" and line[2] != "meta"]
+    assert len(lines) > 500
+    wrong = [(op, name, how) for op, name, how in took if not valid(op, name, how)]
+    assert not wrong, f"accepted: {wrong}"
     for op, name, how, kind, message in lines:
         if kind not in ("start", "took it") and how != "meta":
             assert kind in ("RuntimeError", "ValueError", "IndexError"), (op, name, how, kind, message)
