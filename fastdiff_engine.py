@@ -1,8 +1,9 @@
-"""Entry of the ``fastdiff`` command: looks whether ``import fastdiff`` is this package, then runs it.
+"""Entry of the ``fastdiff`` command: sees that ``import fastdiff`` is this package, then runs it.
 
-PyPI's ``fastdiff`` (a text differ that snapshottest needs) owns the same import name. Where both are
-installed the later one overwrites files of the other, and an editable install of this one loses. That
-cannot be told from inside ``fastdiff``, whose ``__init__.py`` may be the other's, hence this module.
+PyPI's ``fastdiff`` (a text differ that snapshottest needs) owns the same import name. Where both
+are installed the later one overwrites files of the other, and an editable install of this one
+loses. That cannot be told from inside ``fastdiff``, whose ``__init__.py`` may be the other's, hence
+this module.
 """
 
 from __future__ import annotations

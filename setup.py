@@ -138,11 +138,20 @@ exts, commands, cuda = [], {}, "CUDA off"
 if reason is None:
     nvcc, cuda = cuda_request()
     exts, commands = extension()
-    say(f"building _C for {', '.join(LEVELS)}; {cuda}; sanitize={os.environ.get('FASTDIFF_SANITIZE')}")
+    sanitize = os.environ.get("FASTDIFF_SANITIZE", "off")
+    say(f"building _C for {', '.join(LEVELS)}; {cuda}; sanitizers {sanitize}")
 else:
     say(f"building no extension: {reason}. Every op will run on its reference row.")
-record = {"extension": reason or "built", "levels": list(LEVELS) if not reason else [], "cuda": cuda}
-record |= {k: os.environ[k] for k in ("FASTDIFF_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "FASTDIFF_SANITIZE") if k in os.environ}
+record = {
+    "extension": reason or "built",
+    "levels": list(LEVELS) if not reason else [],
+    "cuda": cuda,
+}
+record |= {
+    k: os.environ[k]
+    for k in ("FASTDIFF_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "FASTDIFF_SANITIZE")
+    if k in os.environ
+}
 if not reason:
     import torch
 

@@ -1,4 +1,4 @@
-"""What a bench module states: ``cases()`` gives a list of :class:`Case`, and ``run.py`` does the rest."""
+"""What a bench module states: ``cases()`` gives :class:`Case` objects, ``run.py`` does the rest."""
 
 from __future__ import annotations
 

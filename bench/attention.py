@@ -1,5 +1,5 @@
-"""Attention at the shapes of DiT-XL/2, PixArt and Stable Diffusion: dense, with a bias per key or by
-regions, and on a quarter of the query rows, against scaled_dot_product_attention."""
+"""Attention at the shapes of DiT-XL/2, PixArt and Stable Diffusion: dense, with a bias per key or
+by regions, and on a quarter of the query rows, against scaled_dot_product_attention."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Time the ops against plain torch: ``python bench/run.py [op ...]``, or ``fastdiff bench [op ...]``.
+"""Time ops against plain torch: ``python bench/run.py [op ...]``, or ``fastdiff bench [op ...]``.
 
-Runs the tests of an op first and prints no figure of one whose tests are red. The arms of a case are
-interleaved and their order alternates, so that a slow second of the machine falls on all of them.
-Tensors stay where they are between calls: these are warm-cache figures. The limits (matrix rate, copy
-bandwidth at the same byte count) are measured in the same run.
+Runs the tests of an op first and prints no figure of one whose tests are red. The arms of a case
+are interleaved and their order alternates, so that a slow second of the machine falls on all of
+them. Tensors stay where they are between calls: these are warm-cache figures. The limits (matrix
+rate, copy bandwidth at the same byte count) are measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# As a script Python puts this folder on sys.path, where attention.py and its like could shadow others.
+# Python puts a script's folder on sys.path, where attention.py and its like could shadow others.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 
 import torch  # noqa: E402
@@ -34,7 +34,7 @@ from fastdiff.info import processor  # noqa: E402
 
 ROOT = HERE.parent
 MARKS = ("<!-- figures: fastdiff bench --readme -->", "<!-- end of figures -->")
-# Outputs of two correct arms differ by a few roundings; above this share of the largest value, one is wrong.
+# Two correct outputs differ by a few roundings; above this share of the largest value one is wrong.
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 
@@ -66,7 +66,7 @@ def tests_of(op: str) -> list[Path]:
 
 
 def tests_green(op: str) -> str | None:
-    """None where the tests of ``op`` pass, else a sentence; an installed package carries no tests."""
+    """None where the tests of ``op`` pass (or none are there, as in an installed package)."""
     files = tests_of(op)
     if not files:
         return None
@@ -93,7 +93,9 @@ def disagreement(case: Case) -> str | None:
     if not case.comparable or case.vs not in case.baselines:
         return None
     got, want = outputs(case.fast()), outputs(case.baselines[case.vs]())
-    for i, (g, w) in enumerate(zip(got, want)):
+    if len(got) != len(want):
+        return f"fastdiff gives {len(got)} tensors, {case.vs} {len(want)}"
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
         if g.shape != w.shape:
             return f"output {i} has shape {list(g.shape)}, that of {case.vs} {list(w.shape)}"
         if not g.numel() or not g.is_floating_point():
@@ -102,7 +104,9 @@ def disagreement(case: Case) -> str | None:
         error = (g.double() - w.double()).abs().max().item()
         bound = max(AGREE[g.dtype], AGREE[w.dtype]) * max(size, 1e-30)
         if not error <= bound:
-            return f"output {i} is {error:.3g} away from {case.vs}, whose largest value is {size:.3g}"
+            return (
+                f"output {i} is {error:.3g} away from {case.vs}, whose largest value is {size:.3g}"
+            )
     return None
 
 
@@ -266,7 +270,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def commit() -> str:
-    """The commit of the source tree, "+" where it has changes; the version where there is no git."""
+    """The commit of the source tree, "+" where it has changes; without git the version."""
     git = ["git", "-C", str(ROOT)]
     if not (ROOT / ".git").exists():
         return "v" + fastdiff.__version__
@@ -338,18 +342,26 @@ def write_readme(table: str) -> None:
 def parser() -> Parser:
     p = Parser(prog="fastdiff bench", description=(__doc__ or "").split("\n")[0])
     p.add_argument("op", nargs="*", help=f"of: {', '.join(names())} (none: all of them)")
-    p.add_argument("--quick", action="store_true", help="5 rounds of 5 ms: for a look, not a figure")
+    p.add_argument(
+        "--quick", action="store_true", help="5 rounds of 5 ms: for a look, not a figure"
+    )
     p.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    p.add_argument("--level", choices=fastdiff.cpu_levels(), help="instruction set of native kernels")
+    p.add_argument(
+        "--level", choices=fastdiff.cpu_levels(), help="instruction set of native kernels"
+    )
     p.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     p.add_argument("--device", default="cpu", help="whose limits are measured (default: cpu)")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--round-ms", type=float, default=20.0)
-    p.add_argument("--compile", action="store_true", help="an arm more: the baseline, torch.compile'd")
+    p.add_argument(
+        "--compile", action="store_true", help="an arm more: the baseline, torch.compile'd"
+    )
     p.add_argument("--csv", type=Path, help="append the figures to this file")
     p.add_argument("--markdown", action="store_true", help="print the table of README.md as well")
     p.add_argument("--readme", action="store_true", help="put that table into README.md")
-    p.add_argument("--no-tests", action="store_true", help="for quick loops: the ops' tests not run")
+    p.add_argument(
+        "--no-tests", action="store_true", help="for quick loops: the ops' tests not run"
+    )
     return p
 
 

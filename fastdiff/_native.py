@@ -45,7 +45,7 @@ def set_cpu_level(name: str) -> None:
 
 
 def native(op: str) -> Callable[..., Any]:
-    """``torch.ops.fastdiff.<op>`` where the extension is loaded, else a function that says why not."""
+    """``torch.ops.fastdiff.<op>``; without the extension a function that says why not."""
     if _C is not None:
         return getattr(torch.ops.fastdiff, op).default
 
@@ -56,7 +56,7 @@ def native(op: str) -> Callable[..., Any]:
 
 
 def why_not_native(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
-    """None where the extension is loaded and every tensor is on the CPU in a dtype of ``dtypes``."""
+    """None where the extension is loaded and all tensors are on the CPU, in ``dtypes``."""
     if _C is None:
         return load_error
     if _levels_missing:

@@ -1,6 +1,7 @@
 """The ``fastdiff`` command: sample pictures, train, time kernels, tell what runs here.
 
-Exit codes: 0 done; 1 a benchmark is red; 2 bad usage or input, with one line on stderr; 130 interrupted.
+Exit codes: 0 done; 1 a benchmark is red; 2 bad usage or input, with one line on stderr; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 MODELS = ("dit-digits", "unet-digits")  # bundled with the package
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,7 +67,9 @@ def parse_classes(text: str) -> list[int]:
             )
         first, last = int(low), int(high or low)
         if last < first or last - first > 10_000:
-            raise argparse.ArgumentTypeError(f"range {part.strip()!r} is empty or above 10000 labels")
+            raise argparse.ArgumentTypeError(
+                f"range {part.strip()!r} is empty or above 10000 labels"
+            )
         classes += range(first, last + 1)
     return classes
 
@@ -92,7 +95,9 @@ def parser() -> Parser:
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 4 of each class)")
     p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
-    p.add_argument("--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)")
+    p.add_argument(
+        "--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)"
+    )
     p.add_argument("--guidance-rescale", type=_finite(0, 1), default=0.0)
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -104,7 +109,9 @@ def parser() -> Parser:
         help="PNG file, with the model's name put in where there are several models; a file that "
         "fastdiff sample wrote is overwritten, any other is not (default: samples.png)",
     )
-    p.add_argument("--compare", action="store_true", help="time plain torch on the same weights too")
+    p.add_argument(
+        "--compare", action="store_true", help="time plain torch on the same weights too"
+    )
     p.add_argument("--compile", action="store_true", help="with --compare: torch.compile as well")
     p.add_argument("--repeat", type=_whole(1, 1000), default=3, help="timed runs of --compare")
     p.add_argument("--json", action="store_true", help="the report as JSON on stdout")

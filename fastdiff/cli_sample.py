@@ -1,4 +1,4 @@
-"""``fastdiff sample``: pictures of one or more models as PNG grids, and the comparison with plain torch."""
+"""``fastdiff sample``: pictures of one or more models as PNG grids, compared with plain torch."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ def check_out(path: Path) -> None:
     except (OSError, SyntaxError):
         ours = False
     if not ours:
-        raise UsageError(f"--out is {str(path)!r}, which fastdiff sample did not write; need another")
+        raise UsageError(
+            f"--out is {str(path)!r}, which fastdiff sample did not write; need another"
+        )
 
 
 def save_grid(x: Tensor, columns: int, path: Path, facts: dict[str, Any]) -> None:
-    """Pictures ``x [B,C,H,W]`` in [-1, 1], C 1 or 3, row by row into one PNG with ``facts`` in it."""
+    """Pictures ``x [B,C,H,W]`` in [-1, 1], C 1 or 3, row by row into a PNG with ``facts`` in it."""
     b, c, h, w = x.shape
     rows = -(-b // columns)
     sheet = torch.full((c, rows * (h + PAD) + PAD, columns * (w + PAD) + PAD), 255.0)
@@ -187,7 +189,9 @@ def show(report: dict[str, Any]) -> None:
     for arm, row in report.get("compare", {}).items():
         words = f"  {arm:<14} {row['seconds']:8.3f} s  {row['ratio']:5.2f} x"
         if arm != "fastdiff":
-            words += f"  largest difference {row['largest_difference']:.2g} (pictures are in [-1, 1])"
+            words += (
+                f"  largest difference {row['largest_difference']:.2g} (pictures are in [-1, 1])"
+            )
         print(words)
     if "compare" in report:
         rows = report["rows"].items()
@@ -206,10 +210,12 @@ def main(args: argparse.Namespace) -> int:
         outs = [args.out.with_stem(f"{args.out.stem}-{Path(name).stem}") for name in names]
     repeated = [str(out) for i, out in enumerate(outs) if out in outs[:i]]
     if repeated:
-        raise UsageError(f"--model: two models would write {repeated[0]}; need different file names")
+        raise UsageError(
+            f"--model: two models would write {repeated[0]}; need different file names"
+        )
     for out in outs:
         check_out(out)
-    reports = [sample_one(name, args, out) for name, out in zip(names, outs)]
+    reports = [sample_one(name, args, out) for name, out in zip(names, outs, strict=True)]
     if args.json:
         print(json.dumps(reports, indent=1))
     else:

@@ -65,16 +65,14 @@ def op_names() -> list[str]:
 
 
 def why(op: str, dtype: torch.dtype, device: str) -> dict[str, str | None]:
-    """``fastdiff.explain`` of the typical call of ``op``; a device that is absent is only pretended.
+    """``fastdiff.explain`` of the typical call of ``op``; an absent device is only pretended.
 
     Rows read metadata alone, so tensors without data answer for a GPU that is not here.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        args = CALLS[op](
-            lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)
-        )
+        args = CALLS[op](lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device))
         return fastdiff.explain(getattr(ops, op), *args)
 
 

@@ -1,6 +1,7 @@
 """Triton kernels of fastdiff: one module per op, which imports torch and triton only.
 
-A kernel module is imported by the op's row when it first runs, so `import fastdiff` needs no triton.
+A kernel module is imported by the op's row when it first runs, so `import fastdiff` needs no
+triton.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
         if t is None:
             continue
         if t.device.type == "cpu" and not INTERPRET:
-            return "tensors are on the cpu; triton kernels need a GPU (or TRITON_INTERPRET=1 in tests)"
+            return "tensors are on the cpu; triton kernels need a GPU (tests: TRITON_INTERPRET=1)"
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"dtype {t.dtype} is not float32, bfloat16 or float16"
     return None

@@ -1,7 +1,8 @@
-"""Bad input: one error that names op, argument, value and need; never a crash, never a wrong result.
+"""Bad input: one error that names op, argument, value and need; no crash and no wrong result.
 
-Every tensor argument of every op is spoilt in every way of ``SPOIL``; ``CASES`` adds what is particular
-to an op. The C++ entries, which see no check of Python's, get the same in a process of their own.
+Every tensor argument of every op is spoilt in every way of ``SPOIL``; ``CASES`` adds what is
+particular to an op. The C++ entries, which see no check of Python's, get the same in a process of
+their own.
 """
 
 import json
@@ -30,11 +31,13 @@ def good(op):
     rows = len(info.COLUMNS)
     return {
         "attention": dict(
-            q=q, k=q, v=q, bias=torch.zeros(2, 2, 5, 5), key_lengths=index(2) + 3, q_index=index(2, 4)
+            q=q, k=q, v=q, bias=torch.zeros(2, 2, 5, 5), key_lengths=index(2) + 3,
+            q_index=index(2, 4),
         ),
         "fused_step": dict(
-            x=q, m=torch.stack((q, q)), w=torch.ones(2, 2), coef=torch.zeros(2, rows), step=index(2),
-            h1=q, h2=q, mask=ones(2, 1, 5, 8), ref=q, stored=q, select=torch.ones(2, dtype=torch.bool),
+            x=q, m=torch.stack((q, q)), w=ones(2, 2), coef=torch.zeros(2, rows), step=index(2),
+            h1=q, h2=q, mask=ones(2, 1, 5, 8), ref=q, stored=q,
+            select=torch.ones(2, dtype=torch.bool),
         ),
         "gate_residual": dict(x=x, y=x, gate=torch.randn(2, 8)),
         "gate_residual_norm_modulate": dict(
@@ -146,8 +149,10 @@ CASES = [
     ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
     ("linear", dict(x=X, weight=ones(4, 8), activation="relu"), "activation is 'relu', need"),
     ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4)), "need both"),
-    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 5), sin=ones(5, 5)), r"cos has shape \[5, 5\], need"),
-    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(4, 4), sin=ones(4, 4)), r"cos has shape \[4, 4\], need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 5), sin=ones(5, 5)),
+     r"cos has shape \[5, 5\], need"),
+    ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(4, 4), sin=ones(4, 4)),
+     r"cos has shape \[4, 4\], need"),
     ("qk_norm_rope", dict(q=Q, k=Q, position=index(2, 5)), "need cos and sin"),
     ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4), sin=ones(5, 4), position=index(2, 5) + 5),
      "position .* 5.* need"),
@@ -257,8 +262,8 @@ for groups in (3, 0, -1, 2**40):
         line = type(error).__name__, str(error).split("\\n")[0]
         print(json.dumps(["group_norm_silu", "num_groups", groups, *line]), flush=True)
 """
-# Spoilt arguments that make a valid call all the same: another batch or row count that no other argument
-# has, one counter for all samples, any 64-bit word as a counter.
+# Spoilt arguments that make a valid call all the same: another batch or row count that no other
+# argument has, one counter for all samples, any 64-bit word as a counter.
 VALID = {
     "attention": {"q_index": "last_more last_less empty_last"},
     "fused_step": {
@@ -299,5 +304,11 @@ def test_native_entries_raise_and_never_crash(tmp_path):
     assert not wrong, f"accepted: {wrong}"
     for op, name, how, kind, message in lines:
         if kind not in ("start", "took it") and how != "meta":
-            assert kind in ("RuntimeError", "ValueError", "IndexError"), (op, name, how, kind, message)
+            assert kind in ("RuntimeError", "ValueError", "IndexError"), (
+                op,
+                name,
+                how,
+                kind,
+                message,
+            )
             assert message.startswith(f"{op}: "), (op, name, how, message)

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: exit codes, one-line errors, files written and not written."""
+"""The command line as a person uses it: exit codes, one-line errors, files written or kept."""
 
 import json
 import os
@@ -154,7 +154,9 @@ def test_bench_prints_and_writes_figures(tmp_path):
 
 
 def test_bench_gives_no_figures_where_outputs_differ(tmp_path):
-    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "bench" / "wrong.py").write_text(
         "import torch\nfrom _case import Case\n"
         "def cases():\n"
@@ -176,7 +178,9 @@ def test_other_fastdiff_is_named(tmp_path, ours_last):
     other = tmp_path / "fastdiff"
     other.mkdir()
     (other / "compare.py").write_text("compare = None\n")
-    (other / "__init__.py").write_text("" if ours_last else "raise RuntimeError('the text differ')\n")
+    (other / "__init__.py").write_text(
+        "" if ours_last else "raise RuntimeError('the text differ')\n"
+    )
     if ours_last:
         (other / "dispatch.py").write_text("")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -189,7 +193,15 @@ def test_other_fastdiff_is_named(tmp_path, ours_last):
 def test_wheel_carries_the_command_and_the_benches(tmp_path):
     """A wheel of the sources (no extension, to be quick), unpacked into an empty folder."""
     skip = shutil.ignore_patterns(
-        "__pycache__", ".git", ".venv", ".path", "build", "*.so", "*.egg-info", "tests", "_build_info*"
+        "__pycache__",
+        ".git",
+        ".venv",
+        ".path",
+        "build",
+        "*.so",
+        "*.egg-info",
+        "tests",
+        "_build_info*",
     )
     shutil.copytree(ROOT, tmp_path / "tree", ignore=skip, symlinks=True)
     link = tmp_path / "tree" / "fastdiff" / "kernels"
@@ -211,7 +223,10 @@ def test_wheel_carries_the_command_and_the_benches(tmp_path):
     env["PYTHONPATH"] = str(target)
     for argv, need in (
         (["info"], "FASTDIFF_NO_EXT=1"),
-        (["bench", "gelu_tanh", "--quick", "--only", "1536] float32"], "no tests beside this folder"),
+        (
+            ["bench", "gelu_tanh", "--quick", "--only", "1536] float32"],
+            "no tests beside this folder",
+        ),
     ):
         command = [sys.executable, "-m", "fastdiff_engine", *argv]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)

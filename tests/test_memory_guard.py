@@ -1,7 +1,8 @@
-"""Native kernels read nothing outside their tensors: every input ends, or starts, at an unreadable page.
+"""Native kernels read nothing outside their tensors: each ends or starts at an unreadable page.
 
-A masked lane touches no memory, so this sees what sanitizers do not (they skip masked vector loads), and
-at full speed. In a process of its own, since a stray read kills it; the control plants one.
+A masked lane touches no memory, so this sees what sanitizers do not (they skip masked vector
+loads), and at full speed. In a process of its own, since a stray read kills it; the control plants
+one.
 """
 
 import subprocess
@@ -89,7 +90,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if fastdiff.explain(getattr(ops, op), *args, **extra).get("native", "absent") is not None:
             continue
         for level in levels:
-            print(op, dtype, level, [list(a.shape) for a in args if hasattr(a, "shape")], flush=True)
+            shapes = [list(a.shape) for a in args if hasattr(a, "shape")]
+            print(op, dtype, level, shapes, flush=True)
             fastdiff.set_cpu_level(level)
             getattr(ops, op)(*args, **extra, impl="native")
 print("done", flush=True)

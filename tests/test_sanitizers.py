@@ -1,8 +1,8 @@
 """The native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``pytest -m slow``.
 
-Builds a copy of the sources with ``FASTDIFF_SANITIZE=address,undefined`` and runs the tests of the ops on
-it. The control plants a read past the end of a row and must be caught. Masked vector loads are not
-instrumented by compilers; test_memory_guard.py sees those.
+Builds a copy of the sources with ``FASTDIFF_SANITIZE=address,undefined`` and runs the tests of the
+ops on it. The control plants a read past the end of a row and must be caught. Masked vector loads
+are not instrumented by compilers; test_memory_guard.py sees those.
 """
 
 import os
@@ -84,7 +84,9 @@ def test_native_ops_are_clean(tree, file):
 
 
 def test_bad_input_is_clean(tree):
-    done = run(tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_bad_input.py")
+    done = run(
+        tree, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_bad_input.py"
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -1,4 +1,4 @@
-"""The ops: one file each, with the maths, the reference, the table of rows and the public function."""
+"""The ops: a file each, with the maths, the reference, the rows and the public function."""
 
 from fastdiff.ops.attention import GroupBias, attention
 from fastdiff.ops.fused_step import Noise, fused_step, philox_normal

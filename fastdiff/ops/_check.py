@@ -37,7 +37,9 @@ def check_tensor(
     if dim is not None and t.dim() != dim:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {dim} dimensions")
     if t.dim() < min_dim:
-        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need at least {min_dim} dimensions")
+        raise ValueError(
+            f"{op}: {name} has shape {list(t.shape)}, need at least {min_dim} dimensions"
+        )
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> None:
