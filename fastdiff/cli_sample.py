@@ -82,6 +82,7 @@ class Job:
         self.labels = _labels(self.model.num_classes, args)
         self.sampler = args.sampler or card.get("sampler", "ddim")
         self.guidance = card.get("guidance", 1.0) if args.guidance is None else args.guidance
+        self.clip = card.get("clip")  # pixel-space eps models overshoot under guidance without it
         size = args.size or card.get("image_size", SIZE)
         self.shape = (len(self.labels), self.model.in_channels, size, size)
 
@@ -101,6 +102,7 @@ class Job:
                 classes=torch.tensor(self.labels),
                 guidance=self.guidance,
                 guidance_rescale=self.args.guidance_rescale,
+                clip=self.clip,
                 seed=self.args.seed,
                 callback=lambda *_: bar.update(),
             )

@@ -58,13 +58,13 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 # How to sample a network, for its card.
 SAMPLING: dict[str, dict[str, Any]] = {
     "dit-digits": dict(sampler="flow_euler", steps=50, guidance=2.0),
-    "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0),
+    "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0, clip=1.0),
 }
 
 
 @dataclass
 class Recipe:
-    """How to train. ``resume`` goes on from a checkpoint's averaged weights, with a new optimiser."""
+    """How to train. ``resume`` goes on from averaged weights, with a new optimiser."""
 
     minutes: float = 30.0
     batch: int = 32
