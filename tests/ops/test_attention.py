@@ -101,7 +101,7 @@ def usable(row, args, kwargs):
 SHAPES = [(1, 0, 5, 32), (0, 3, 5, 32), (2, 5, 0, 32), (1, 1, 1, 32)]
 SHAPES += [(2, 7, 77, 64), (1, 65, 131, 40)]
 # The interpreter of triton walks tiles in Python: fewer and smaller cases.
-BIG = [(1, 13, 1152, 72), (2, 129, 64, 64), (1, 300, 257, 48)]
+BIG = [(1, 13, 1152, 72), (2, 129, 64, 64), (1, 300, 257, 48), (1, 48, 128, 32), (1, 49, 129, 32)]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES)
@@ -173,6 +173,22 @@ def test_reads_and_writes_nothing_outside(level, dtype):
                     kwargs["bias"] = spare
                 got = attention(q, k, v, **kwargs, impl="native")
             testing.assert_close(got, exact, eager(args, kwargs)[0], what=f"{dim} {keys} {feature}")
+
+
+@pytest.mark.parametrize("feature", ("none", "key", "group", "length"))
+def test_memory_is_linear_in_the_lengths(feature):
+    rows, dim = 3000, 32
+    args, kwargs = make((1, rows, rows, dim), torch.float32, feature, heads=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            attention(*args, **kwargs, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    taken = sum(max(e.cpu_memory_usage, 0) for e in profile.events() if e.name == "aten::empty")
+    # K and V repacked, biases and group ids, the outputs; then the tiles, which do not grow
+    assert 0 < taken < 4 * (4 * rows * dim + 8 * rows) + 2**18 < 4 * rows * rows / 10
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3, 7))
