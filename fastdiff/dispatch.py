@@ -1,7 +1,7 @@
 """The one dispatcher: an op is a table of rows, and the first row that does not refuse runs.
 
 A row refuses with a sentence. ``explain(op, *args)`` prints them all; forcing a row that refuses
-raises its sentence. Nothing here looks at values: shapes, dtypes, strides, devices, grad flags only.
+raises its sentence. Nothing here looks at values: shapes, dtypes, strides, devices, grad flags.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import fastdiff
 from fastdiff import testing
+from fastdiff.kernels import AVAILABLE
 from fastdiff.ops.gelu_tanh import IMPLS, gelu_tanh, gelu_tanh_ref
 
 SHAPES = [(rows, dim) for rows in testing.ROWS for dim in (1, 17, 64)] + [(2, 33, 1152), (5,)]
@@ -24,6 +25,18 @@ def test_matches_float64(row, dtype):
             with testing.unchanged(x, bias):
                 got = gelu_tanh(x, bias, impl=row)
             testing.assert_close(got, exact, eager(x, bias), what=f"{row} {shape} {with_bias}")
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_every_triton_configuration():
+    from fastdiff.kernels.gelu_tanh import CONFIGS
+    from fastdiff.kernels.gelu_tanh import gelu_tanh as launch
+
+    x, bias = torch.randn(3, 300), torch.randn(300)
+    for b in (None, bias):
+        want = gelu_tanh_ref(x.double(), None if b is None else b.double())
+        for name, got in testing.run_configs(launch, CONFIGS, x, b):
+            testing.assert_close(got, want, eager(x, b), what=name)
 
 
 @pytest.mark.parametrize("level", fastdiff.cpu_levels())
@@ -73,3 +86,13 @@ def test_gradient_comes_from_the_reference():
 def test_bad_input(x, bias, message):
     with pytest.raises(ValueError, match=message):
         gelu_tanh(x, bias)
+
+
+def test_the_native_entry_checks_for_itself():
+    op = torch.ops.fastdiff.gelu_tanh
+    with pytest.raises(RuntimeError, match="need at least 1 dimension"):
+        op(torch.ones(()), None)
+    with pytest.raises(RuntimeError, match="bias has shape"):
+        op(torch.ones(2, 4), torch.ones(2))
+    with pytest.raises(RuntimeError, match="bias is"):
+        op(torch.ones(2, 4), torch.ones(4).half())
