@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from _case import Case
 from torch import Tensor
@@ -19,6 +23,12 @@ def _chain(
 ) -> tuple[Tensor, Tensor]:
     r = x + gate[:, None] * y
     return r, _modulate(r, shift, scale)
+
+
+def _with_gradients(chain: Callable[..., tuple[Tensor, Tensor]], *parts: Tensor) -> Any:
+    leaves = [t.detach().requires_grad_() for t in parts]
+    outputs = chain(*leaves)
+    return torch.autograd.grad(outputs, leaves, outputs)
 
 
 def cases() -> list[Case]:
@@ -59,6 +69,20 @@ def cases() -> list[Case]:
                     },
                     bytes=4 * size,
                     target=3.0,
+                ),
+                Case(
+                    f"gate_residual_norm_modulate with gradients {what}",
+                    lambda a=(x, y, gate, shift, scale): _with_gradients(
+                        gate_residual_norm_modulate, *a
+                    ),
+                    {
+                        "eager": lambda a=(x, y, gate, shift, scale): _with_gradients(_chain, *a),
+                        "ref": lambda a=(x, y, gate, shift, scale): _with_gradients(
+                            partial(gate_residual_norm_modulate, impl="ref"), *a
+                        ),
+                    },
+                    bytes=10 * size,
+                    target=1.2,
                 ),
             ]
     return result

@@ -20,6 +20,12 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, "
       "Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor)");
+  // of the three above, modulations [B,D] -> grad_x, grad_y ([0] without y), float32 [B,3,D]: sums over
+  // tokens of grad_modulated, grad_modulated * norm(r), grad_x * y
+  m.def(
+      "layer_norm_modulate_backward(Tensor? grad_residual, Tensor? grad_modulated, Tensor x, "
+      "Tensor? y, Tensor? gate, Tensor? scale, Tensor? weight, float eps, bool rms) "
+      "-> (Tensor, Tensor, Tensor)");
   // x [B,C,...], contiguous or channels_last; shift, scale [B,C]
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "

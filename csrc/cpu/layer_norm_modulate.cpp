@@ -9,11 +9,12 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-// Checks of the three entries, and the tensors that the pointers of `args` need alive.
+// Checks of all entries, and the tensors that the pointers of `args` need alive.
+template <class Args>
 struct Call {
   const char* op;
-  LayerNormModulateArgs args{};
-  at::Tensor kept[7];
+  Args args{};
+  at::Tensor kept[8];
   int count = 0;
 
   const at::Tensor& keep(const at::Tensor& t) {
@@ -43,9 +44,13 @@ struct Call {
     to = {t.const_data_ptr(), t.stride(0), per_token ? t.stride(1) : 0};
   }
 
+  void tokens(const char* name, const Optional& t, const at::Tensor& x, Modulation& to) {
+    if (t) check_dim(op, name, *t, 3);
+    modulation(name, t, x, to);
+  }
+
   void residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate) {
-    check_dim(op, "y", y, 3);
-    modulation("y", y, x, args.y);
+    tokens("y", y, x, args.y);
     modulation("gate", gate, x, args.gate);
   }
 
@@ -57,6 +62,14 @@ struct Call {
     to = keep(*w).const_data_ptr();
   }
 
+  at::Tensor output(const at::Tensor& x, void*& to) {
+    at::Tensor t = at::empty_like(x, at::MemoryFormat::Contiguous);
+    to = t.mutable_data_ptr();
+    return t;
+  }
+};
+
+struct Forward : Call<LayerNormModulateArgs> {
   void norm(const at::Tensor& x, const Optional& shift, const Optional& scale,
             const Optional& weight, const Optional& bias, double eps, bool rms) {
     modulation("shift", shift, x, args.shift);
@@ -67,12 +80,6 @@ struct Call {
     args.rms = rms;
   }
 
-  at::Tensor output(const at::Tensor& x, void*& to) {
-    at::Tensor t = at::empty_like(x, at::MemoryFormat::Contiguous);
-    to = t.mutable_data_ptr();
-    return t;
-  }
-
   void run() {
     if (args.B && args.N && args.D) FASTDIFF_CALL_KERNEL(layer_norm_modulate, args);
   }
@@ -81,7 +88,7 @@ struct Call {
 at::Tensor layer_norm_modulate_cpu(const at::Tensor& x, const Optional& shift,
                                    const Optional& scale, const Optional& weight,
                                    const Optional& bias, double eps, bool rms) {
-  Call call{"layer_norm_modulate"};
+  Forward call{{"layer_norm_modulate"}};
   call.input(x);
   call.norm(x, shift, scale, weight, bias, eps, rms);
   at::Tensor m = call.output(x, call.args.modulated);
@@ -90,7 +97,7 @@ at::Tensor layer_norm_modulate_cpu(const at::Tensor& x, const Optional& shift,
 }
 
 at::Tensor gate_residual_cpu(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate) {
-  Call call{"gate_residual"};
+  Forward call{{"gate_residual"}};
   call.input(x);
   call.residual(x, y, gate);
   at::Tensor r = call.output(x, call.args.residual);
@@ -101,13 +108,42 @@ at::Tensor gate_residual_cpu(const at::Tensor& x, const at::Tensor& y, const at:
 std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate_cpu(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const Optional& shift,
     const Optional& scale, const Optional& weight, const Optional& bias, double eps, bool rms) {
-  Call call{"gate_residual_norm_modulate"};
+  Forward call{{"gate_residual_norm_modulate"}};
   call.input(x);
   call.residual(x, y, gate);
   call.norm(x, shift, scale, weight, bias, eps, rms);
   at::Tensor r = call.output(x, call.args.residual), m = call.output(x, call.args.modulated);
   call.run();
   return {r, m};
+}
+
+// Tokens that one thread sums over before their sums are added up: fixes the order of additions.
+constexpr int64_t kPiece = 64;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_modulate_backward_cpu(
+    const Optional& grad_residual, const Optional& grad_modulated, const at::Tensor& x,
+    const Optional& y, const Optional& gate, const Optional& scale, const Optional& weight,
+    double eps, bool rms) {
+  Call<LayerNormModulateBackwardArgs> call{"layer_norm_modulate_backward"};
+  LayerNormModulateBackwardArgs& args = call.args;
+  call.input(x);
+  TORCH_CHECK(y.has_value() == gate.has_value(), call.op, ": need y and gate, or neither");
+  if (y) check_dim(call.op, "gate", *gate, 2), call.residual(x, *y, *gate);
+  if (scale) check_dim(call.op, "scale", *scale, 2);
+  call.modulation("scale", scale, x, args.scale);
+  call.vector("weight", weight, x, args.weight);
+  call.tokens("grad_residual", grad_residual, x, args.grad_residual);
+  call.tokens("grad_modulated", grad_modulated, x, args.grad_modulated);
+  args.eps = float(eps);
+  args.rms = rms;
+  at::Tensor grad_x = call.output(x, args.grad_x);
+  at::Tensor grad_y = y ? call.output(x, args.grad_y) : at::empty({0}, x.options());
+  args.piece = kPiece;
+  args.pieces = (args.N + kPiece - 1) / kPiece;
+  at::Tensor sums = at::empty({args.B, args.pieces, 3, args.D}, x.options().dtype(at::kFloat));
+  args.sums = sums.mutable_data_ptr<float>();
+  if (x.numel()) FASTDIFF_CALL_KERNEL(layer_norm_modulate_backward, args);
+  return {grad_x, grad_y, sums.sum(1)};
 }
 
 }  // namespace
@@ -117,4 +153,5 @@ TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate_cpu);
   m.impl("gate_residual", &fastdiff::gate_residual_cpu);
   m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate_cpu);
+  m.impl("layer_norm_modulate_backward", &fastdiff::layer_norm_modulate_backward_cpu);
 }

@@ -21,5 +21,22 @@ struct LayerNormModulateArgs {
   bool rms;
   Dtype dtype;
 };
+
+// Gradients of the above for modulations per sample. Each gradient that comes in may be absent.
+struct LayerNormModulateBackwardArgs {
+  Modulation x, y;                           // [B, N, D]; y absent: no residual
+  Modulation gate, scale;                    // [B, D]
+  const void* weight;                        // [D] or null
+  Modulation grad_residual, grad_modulated;  // [B, N, D]; no norm where grad_modulated is absent
+  void *grad_x, *grad_y;                     // [B, N, D] contiguous; grad_y null where y is absent
+  float* sums;  // [B, pieces, 3, D]: over a piece's tokens, the sums of grad_modulated,
+                // grad_modulated * normalised and grad_x * y
+  int64_t B, N, D;
+  int64_t piece, pieces;  // tokens of a piece, pieces of a sample
+  float eps;
+  bool rms;
+  Dtype dtype;
+};
 }  // namespace fastdiff
 FASTDIFF_DECLARE_KERNEL(layer_norm_modulate, LayerNormModulateArgs)
+FASTDIFF_DECLARE_KERNEL(layer_norm_modulate_backward, LayerNormModulateBackwardArgs)

@@ -307,3 +307,143 @@ def test_every_triton_config():
 def test_triton_refuses_rows_too_long_for_registers():
     why = fastdiff.explain(layer_norm_modulate, torch.empty(1, 1, 16385))
     assert "D is 16385" in why["triton"] and why["native"] is None
+
+
+def gradients(parts, dtype, row, rms, seeds=(1, 2)):
+    """Of a random functional of both outputs, to every input, through one row."""
+    leaves = [t.to(dtype).detach().requires_grad_() for t in parts]
+    x, y, gate, shift, scale, weight, bias = leaves
+    outputs = gate_residual_norm_modulate(
+        x, y, gate, shift, scale, weight=weight, bias=bias, rms=rms, impl=row
+    )
+    seen = [
+        torch.randn(o.shape, generator=torch.Generator().manual_seed(s))
+        for o, s in zip(outputs, seeds, strict=True)
+    ]
+    return torch.autograd.grad(outputs, leaves, [s.to(dtype) for s in seen])
+
+
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("rms", [False, True])
+def test_native_gradients(level, dtype, rms):
+    for shape in ((2, 3, 77), (1, 129, 40), (2, 65, 1), (3, 1, 1152), (0, 4, 8), (2, 0, 8)):
+        B, _, D = shape
+        parts = [*(torch.randn(2, *shape) + 0.25), *torch.randn(3, B, D), *torch.randn(2, D)]
+        parts = [t.to(dtype) for t in parts]
+        exact = gradients(parts, torch.float64, "ref", rms)
+        eager = gradients(parts, dtype, "ref", rms)
+        with testing.cpu_level(level), testing.unchanged(*parts):
+            got = gradients(parts, dtype, "native", rms)
+        names = ("x", "y", "gate", "shift", "scale", "weight", "bias")
+        for name, g, e, p in zip(names, got, exact, eager, strict=True):
+            testing.assert_close(g, e, p, what=f"{shape} {name}")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_native_gradients_of_single_ops(mean):
+    x, y = torch.randn(2, 2, 9, 33)
+    x = x + mean
+    gate, shift, scale = torch.randn(3, 2, 33)
+    grad = torch.randn(2, 9, 33)
+
+    def run(call, parts, dtype, row):
+        leaves = [t.to(dtype).detach().requires_grad_() for t in parts]
+        return torch.autograd.grad(call(*leaves, impl=row), leaves, grad.to(dtype))
+
+    for call, parts in (
+        (layer_norm_modulate, (x,)),
+        (layer_norm_modulate, (x, shift)),
+        (layer_norm_modulate, (x, shift, scale)),
+        (gate_residual, (x, y, gate)),
+    ):
+        results = [
+            run(call, parts, dtype, row)
+            for dtype, row in (
+                (torch.float32, "native"),
+                (torch.float64, "ref"),
+                (torch.float32, "ref"),
+            )
+        ]
+        for got, exact, eager in zip(*results, strict=True):
+            testing.assert_close(got, exact, eager, what=f"{call.__name__} {len(parts)}")
+
+
+def test_one_output_unused():
+    x, y = torch.randn(2, 2, 9, 33)
+    gate = torch.randn(2, 33)
+    for index in (0, 1):
+        grads = []
+        for row in ("native", "ref"):
+            leaves = [t.clone().requires_grad_() for t in (x, y, gate)]
+            outputs = gate_residual_norm_modulate(*leaves, impl=row)
+            grads.append(torch.autograd.grad(outputs[index].square().sum(), leaves))
+        torch.testing.assert_close(*grads)
+
+
+def test_reference_gradients():
+    x, y = torch.randn(2, 1, 2, 3, dtype=torch.float64)
+    gate, shift, scale = torch.randn(3, 1, 2, 3, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, y, gate, shift, scale)]
+    for rms in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda *a, rms=rms: gate_residual_norm_modulate(*a, rms=rms), leaves
+        )
+
+
+def test_gradients_that_native_refuses():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    token = torch.randn(2, 3, 8)
+    why = fastdiff.explain(layer_norm_modulate, x, token)
+    assert "scale" not in why["native"] and "shift is [B, N, D]" in why["native"]
+    assert "no backward" in why["triton"] and why["ref"] is None
+    assert "gate is [B, N, D]" in fastdiff.explain(gate_residual, x, x, token)["native"]
+    with torch.no_grad():
+        assert fastdiff.explain(layer_norm_modulate, x, token)["native"] is None
+    with pytest.raises(NotImplementedError, match="needs modulations per sample"):
+        torch.ops.fastdiff.gate_residual(x, x, token)
+    (grad,) = torch.autograd.grad(
+        layer_norm_modulate(x, impl="native").square().sum(), x, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_opcheck_and_compile_with_gradients():
+    x, y = torch.randn(2, 2, 3, 33).requires_grad_().unbind(0)
+    gate, shift, scale = torch.randn(3, 2, 33).requires_grad_().unbind(0)
+    args = [t.detach().requires_grad_() for t in (x, y, gate, shift, scale)]
+    ops = torch.ops.fastdiff
+    torch.library.opcheck(ops.gate_residual_norm_modulate.default, (*args, None, None, 1e-6, False))
+    torch.library.opcheck(
+        ops.layer_norm_modulate_backward.default,
+        (None, x.detach(), x.detach(), None, None, None, None, 1e-6, False),
+    )
+
+    def loss(*leaves):
+        r, m = gate_residual_norm_modulate(*leaves)
+        return (r * m).sum()
+
+    torch._dynamo.reset()
+    want = torch.autograd.grad(loss(*args), args)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args), args)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": X}, "need y and gate, or neither"),
+        ({"y": X, "gate": X}, r"gate has shape \[2, 3, 4\], need 2 dimensions"),
+        ({"y": X[:, :1], "gate": X[:, 0]}, r"y has shape \[2, 1, 4\], need \[2, 3, 4\]"),
+        ({"scale": X}, r"scale has shape \[2, 3, 4\], need 2 dimensions"),
+        ({"grad_modulated": X[:1]}, r"grad_modulated has shape \[1, 3, 4\], need \[2, 3, 4\]"),
+        ({"grad_residual": X[0]}, r"grad_residual has shape \[3, 4\], need 3 dimensions"),
+        ({"weight": X}, r"weight has shape \[2, 3, 4\], need \[4\]"),
+    ],
+)
+def test_native_backward_entry_is_safe_by_itself(change, message):
+    names = ("grad_residual", "grad_modulated", "x", "y", "gate", "scale", "weight")
+    args = {"grad_modulated": X, "x": X, **change}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastdiff.layer_norm_modulate_backward(*(args.get(n) for n in names), 1e-6, False)
