@@ -9,7 +9,7 @@ r"""The norms of a DiT block (Peebles & Xie 2023, arXiv:2212.09748, adaLN-Zero; 
 
 Gradients: the native rows have a backward for modulations per sample; those per token, and second
 derivatives, take the reference's. Forward and backward of the chain took 0.2 to 0.7 of the
-reference's time on one thread of an AMD EPYC (Zen 5), 2 x 1024 x 1152 and 4 x 256 x 384, float32 and
+reference's time on one thread of an AMD EPYC (Zen 5), 2 x 1024 x 1152 and 4 x 256 x 384, float32 or
 bfloat16 (``bench/run.py layer_norm_modulate``).
 """
 
