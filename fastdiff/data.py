@@ -45,7 +45,7 @@ def digits(seed: int = 0) -> Digits:
 
 
 def augment(x: Tensor, *, angle: float = 0.15, zoom: float = 0.1, shift: float = 0.1) -> Tensor:
-    """Turn, scale and move each image: at most ``angle`` radians, ``zoom``, ``shift`` half widths."""
+    """Turn, scale and move each image up to ``angle`` radians, ``zoom``, ``shift`` half widths."""
     b = x.shape[0]
     turn = (torch.rand(b) * 2 - 1) * angle
     size = 1 + (torch.rand(b) * 2 - 1) * zoom

@@ -152,12 +152,12 @@ def evaluate(
     seed: int = 0,
     batch: int = 100,
 ) -> dict[str, Any]:
-    """Sample ``per_class`` digits of each class and :func:`score` them; settings and time beside."""
+    """Sample ``per_class`` digits of each class and :func:`score` them; settings, time beside."""
     classes = torch.arange(data.CLASSES).repeat_interleave(per_class)
     start, parts = time.monotonic(), []
     for i, part in enumerate(classes.split(batch)):
         shape = (len(part), 1, data.SIZE, data.SIZE)
-        options = dict(sampler=sampler, steps=steps, guidance=guidance, clip=1.0)
+        options: dict[str, Any] = dict(sampler=sampler, steps=steps, guidance=guidance, clip=1.0)
         parts.append(sample(model, shape, classes=part, seed=seed + i, **options))
     seconds = time.monotonic() - start
     settings = dict(sampler=sampler, steps=steps, guidance=guidance, seed=seed)

@@ -51,7 +51,7 @@ def check_inputs(
             f"need a height and width divisible by {multiple}"
         )
     if not isinstance(t, Tensor) or t.shape != (x.shape[0],):
-        got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        got: object = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"{name}: t is {got}, need a tensor [{x.shape[0]}], one time per sample")
     if t.device != x.device:
         raise ValueError(f"{name}: t is on {t.device}, need {x.device}, the device of x")

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.models._embed import check_inputs, timestep_embedding, weight_dtype
 from fastdiff.models.dit import EPS, FREQUENCIES, DiT
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import Attention, Resnet, Transformer, UNet
 
 
 class PlainDiT(DiT):
@@ -48,7 +50,7 @@ class PlainDiT(DiT):
     def _norm(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(h, h.shape[-1:], eps=EPS) * (1 + scale) + shift
 
-    def _attention(self, attn: nn.Module, h: Tensor) -> Tensor:
+    def _attention(self, attn: Any, h: Tensor) -> Tensor:
         q, k, v = attn.qkv(h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -61,7 +63,7 @@ class PlainUNet(UNet):
     ) -> Tensor:
         self.check(x, t, y, context)
         dtype = weight_dtype(self)
-        context = (self.class_context(y) if context is None else context).to(dtype)
+        context = self.tokens(y, context)
         time = self.time_embedding.linear_1(
             timestep_embedding(t, self.conv_in.out_channels).to(dtype)
         )
@@ -85,7 +87,7 @@ class PlainUNet(UNet):
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)
 
     @staticmethod
-    def _layer(stage: nn.Module, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def _layer(stage: Any, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
         h = _resnet(stage.resnets[i], h, time)
         return _transformer(stage.attentions[i], h, context) if len(stage.attentions) else h
 
@@ -98,7 +100,7 @@ def plain(model: DiT | UNet) -> DiT | UNet:
     return twin.train(model.training)
 
 
-def _resnet(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+def _resnet(block: Resnet, x: Tensor, time: Tensor) -> Tensor:
     h = block.conv1(F.silu(block.norm1(x)))
     time = block.time_emb_proj(time)[:, :, None, None]
     if block.scale_shift:
@@ -110,7 +112,7 @@ def _resnet(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
     return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + h
 
 
-def _transformer(block: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+def _transformer(block: Transformer, x: Tensor, context: Tensor) -> Tensor:
     h = block.proj_in(block.norm(x).flatten(2).transpose(1, 2))
     for layer in block.transformer_blocks:
         n = layer.norm1(h)
@@ -121,7 +123,7 @@ def _transformer(block: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     return x + block.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def _attention(attn: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+def _attention(attn: Attention, x: Tensor, context: Tensor) -> Tensor:
     q, k, v = (
         project(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for project, source in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))

@@ -47,6 +47,8 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
+    adaLN_modulation: Any
+
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
         self.attn = _Attention(dim)
@@ -69,6 +71,12 @@ class DiT(nn.Module):
         learn_sigma: the network also predicts C channels of variance: 2C out.
         prediction: what the first C channels are: "flow" (noise - data) or "eps" (noise).
     """
+
+    x_embedder: Any
+    t_embedder: Any
+    y_embedder: Any
+    blocks: Any
+    final_layer: Any
 
     def __init__(
         self,
@@ -193,7 +201,8 @@ class DiT(nn.Module):
         attn = block.attn
         qkv = ops.linear(h, attn.qkv.weight, attn.qkv.bias)
         q, k, v = qkv.view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = ops.attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        out: Any = ops.attention(q, k, v)
+        out = out.transpose(1, 2).reshape(b, n, d)
         return ops.linear(out, attn.proj.weight, attn.proj.bias)
 
     def mlp(self, block: _Block, h: Tensor) -> Tensor:
@@ -228,7 +237,7 @@ class DiT(nn.Module):
         height, width = x.shape[2:]
         c = self.condition(t, y)
         h = self.embed(x.to(c.dtype))
-        mods = []
+        mods: list[Tensor] = []
         for block in self.blocks:
             modulation = block.adaLN_modulation[1]
             mods += ops.linear(c, modulation.weight, modulation.bias).chunk(6, dim=-1)

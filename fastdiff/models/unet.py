@@ -21,8 +21,8 @@ from fastdiff.models._embed import check_inputs, timestep_embedding, weight_dtyp
 TRANSFORMER_EPS = 1e-6  # of the GroupNorm before a transformer, as in Stable Diffusion
 
 
-class _Resnet(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1 x)) + time))); scale_shift: the time modulates norm2."""
+class Resnet(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1 x)) + time))); or time scales and shifts norm2."""
 
     def __init__(self, c_in: int, c_out: int, time_dim: int, groups: int, scale_shift: bool):
         super().__init__()
@@ -49,7 +49,9 @@ class _Resnet(nn.Module):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + self.conv2(h)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    to_out: Any
+
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.to_q = nn.Linear(dim, dim, bias=False)
@@ -62,11 +64,14 @@ class _Attention(nn.Module):
         q = ops.linear(x, self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = ops.linear(context, self.to_k.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = ops.linear(context, self.to_v.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = ops.attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Any = ops.attention(q, k, v)
+        out = out.transpose(1, 2).flatten(2)
         return ops.linear(out, self.to_out[0].weight, self.to_out[0].bias)
 
 
 class _FeedForward(nn.Module):
+    net: Any
+
     def __init__(self, dim: int):
         super().__init__()
         gate = nn.Module()
@@ -82,31 +87,33 @@ class _TransformerBlock(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = _Attention(dim, dim, heads)
+        self.attn1 = Attention(dim, dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = _Attention(dim, context_dim, heads)
+        self.attn2 = Attention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = _FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self._norm(self.norm1, x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self._norm(self.norm2, x), context)
-        return x + self.ff(self._norm(self.norm3, x))
+        n1, n2, n3 = self.norm1, self.norm2, self.norm3
+        one = x.new_ones(x.shape[0], x.shape[2])  # no gates here: residual and norm stay one kernel
+        h = ops.layer_norm_modulate(x, weight=n1.weight, bias=n1.bias, eps=n1.eps)
+        x, h = ops.gate_residual_norm_modulate(
+            x, self.attn1(h, h), one, weight=n2.weight, bias=n2.bias, eps=n2.eps
+        )
+        x, h = ops.gate_residual_norm_modulate(
+            x, self.attn2(h, context), one, weight=n3.weight, bias=n3.bias, eps=n3.eps
+        )
+        return x + self.ff(h)
 
-    @staticmethod
-    def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return ops.layer_norm_modulate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
-
-class _Transformer(nn.Module):
+class Transformer(nn.Module):
     """Transformer blocks over the pixels, between two 1x1 projections, around a residual."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, dim, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks: Any = nn.ModuleList(
             _TransformerBlock(dim, context_dim, heads) for _ in range(depth)
         )
         self.proj_out = nn.Linear(dim, dim)
@@ -132,7 +139,7 @@ class _Transformer(nn.Module):
 class _Stage(nn.Module):
     """One resolution: residual blocks, each with a transformer or none, then a change of size."""
 
-    def __init__(self, resnets: list[_Resnet], attentions: list[_Transformer]):
+    def __init__(self, resnets: list[Resnet], attentions: list[Transformer]):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
@@ -162,6 +169,11 @@ class UNet(nn.Module):
         scale_shift: the time embedding scales and shifts the second norm, in place of being added.
         prediction: what the output is: "eps" (noise) or "flow" (noise - data).
     """
+
+    time_embedding: Any
+    down_blocks: Any
+    mid_block: Any
+    up_blocks: Any
 
     def __init__(
         self,
@@ -219,12 +231,12 @@ class UNet(nn.Module):
         channels, first = list(block_out_channels), block_out_channels[0]
         time_dim = 4 * first
 
-        def resnet(c_in: int, c_out: int) -> _Resnet:
-            return _Resnet(c_in, c_out, time_dim, groups, scale_shift)
+        def resnet(c_in: int, c_out: int) -> Resnet:
+            return Resnet(c_in, c_out, time_dim, groups, scale_shift)
 
-        def transformers(level: int, count: int) -> list[_Transformer]:
+        def transformers(level: int, count: int) -> list[Transformer]:
             args = (channels[level], cross_attention_dim, per_level[level], depths[level], groups)
-            return [_Transformer(*args) for _ in range(count)] if depths[level] else []
+            return [Transformer(*args) for _ in range(count)] if depths[level] else []
 
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.time_embedding = nn.Module()
@@ -245,7 +257,7 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down_blocks.append(stage)
         mid = (
-            [_Transformer(c, cross_attention_dim, per_level[-1], mid_depth, groups)]
+            [Transformer(c, cross_attention_dim, per_level[-1], mid_depth, groups)]
             if mid_depth
             else []
         )
@@ -269,9 +281,11 @@ class UNet(nn.Module):
         h = F.silu(ops.linear(wave, first.weight, first.bias))
         return F.silu(ops.linear(h, second.weight, second.bias))
 
-    def class_context(self, y: Tensor) -> Tensor:
-        """Context tokens of the classes: ``[B]`` -> ``[B, L, Dc]``."""
-        return self.class_tokens(y).unflatten(-1, (-1, self.cross_attention_dim))
+    def tokens(self, y: Tensor | None, context: Tensor | None) -> Tensor:
+        """``context``, or where it is None the learned tokens of the classes y: ``[B, L, Dc]``."""
+        if context is None:
+            context = self.class_tokens(y).unflatten(-1, (-1, self.cross_attention_dim))
+        return context.to(weight_dtype(self))
 
     def check(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> None:
         """One error for what does not fit."""
@@ -311,9 +325,8 @@ class UNet(nn.Module):
             ValueError: a shape, dtype or class (checked on the CPU) does not fit.
         """
         self.check(x, t, y, context)
-        context = self.class_context(y) if context is None else context
+        context = self.tokens(y, context)
         time = self.condition(t)
-        context = context.to(time.dtype)
         # Channels-last: oneDNN's and cuDNN's layout, and pixels are then tokens without a copy.
         h = self.conv_in(x.to(time.dtype).contiguous(memory_format=torch.channels_last))
         skips = [h]

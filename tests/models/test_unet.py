@@ -101,7 +101,7 @@ def test_classes_and_plain_twin(size):
     with torch.no_grad():
         got = model(x, t, y)
         assert relative(got, plain(model)(x, t, y)) < 1e-5
-        assert relative(got, model(x, t, context=model.class_context(y))) < 1e-6
+        assert relative(got, model(x, t, context=model.tokens(y, None))) < 1e-6
         alone = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
         assert relative(got, alone) < 1e-5
         assert model(x[:0], t[:0], y[:0]).shape == (0, 3, *size)
