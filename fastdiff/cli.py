@@ -93,12 +93,17 @@ def parser() -> Parser:
         "--sampler", help="a name of fastdiff.samplers.SAMPLERS (default: the model card's)"
     )
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
-    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 4 of each class)")
+    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
     p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
     p.add_argument(
         "--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)"
     )
     p.add_argument("--guidance-rescale", type=_finite(0, 1), default=0.0)
+    p.add_argument(
+        "--clip",
+        type=_finite(0, 1000),
+        help="predicted pictures are clipped to [-CLIP, CLIP], 0: not (default: the model card's)",
+    )
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")

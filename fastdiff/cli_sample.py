@@ -21,6 +21,7 @@ from tqdm import tqdm
 import fastdiff
 from fastdiff import models
 from fastdiff.cli import MODELS, UsageError
+from fastdiff.samplers import SAMPLERS
 
 MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
 SIZE = 32  # of a checkpoint whose card does not tell
@@ -29,8 +30,6 @@ PAD, ZOOM = 2, 2  # pixels between pictures; whole-number enlargement
 
 def check_out(path: Path) -> None:
     """``path`` can be written: its folder exists and no foreign file is there."""
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--out is {str(path)!r}, need a name that ends in .png")
     if not path.parent.is_dir():
         raise UsageError(f"--out is {str(path)!r}, need a folder that exists")
     if not path.exists():
@@ -69,7 +68,7 @@ def _labels(count: int, args: argparse.Namespace) -> list[int]:
     bad = [label for label in classes if label >= count]
     if bad:
         raise UsageError(f"--classes has {bad[0]}, need labels 0 to {count - 1} for this model")
-    batch = args.batch or 4 * len(classes)
+    batch = args.batch or 2 * len(classes)
     return [classes[i % len(classes)] for i in range(batch)]
 
 
@@ -78,21 +77,19 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
-        self.model, card = self.load()
+        self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
         self.labels = _labels(self.model.num_classes, args)
         self.sampler = args.sampler or card.get("sampler", "ddim")
         self.guidance = card.get("guidance", 1.0) if args.guidance is None else args.guidance
-        self.clip = card.get("clip")  # pixel-space eps models overshoot under guidance without it
+        # Pictures whose noise was predicted overshoot under guidance where x0 is not clipped.
+        self.clip = card.get("clip", 0.0) if args.clip is None else args.clip
         size = args.size or card.get("image_size", SIZE)
         self.shape = (len(self.labels), self.model.in_channels, size, size)
 
-    def load(self, plain: bool = False) -> tuple[Any, dict[str, Any]]:
-        """The network, or its twin in plain torch, and its card."""
-        return models.load(self.name, dtype=getattr(torch, self.args.dtype), plain=plain)
-
     def draw(self, model: nn.Module, steps: int, progress: str = "") -> Tensor:
         """Pictures ``[B,C,H,W]``; the same noise in every call."""
-        bar = tqdm(total=steps, desc=progress, disable=not progress, file=sys.stderr, leave=False)
+        hidden = None if progress else True  # None: hidden where stderr is no terminal
+        bar = tqdm(total=steps, desc=progress, disable=hidden, file=sys.stderr, leave=False)
         with bar:
             return fastdiff.sample(
                 model,
@@ -102,8 +99,8 @@ class Job:
                 classes=torch.tensor(self.labels),
                 guidance=self.guidance,
                 guidance_rescale=self.args.guidance_rescale,
-                clip=self.clip,
                 seed=self.args.seed,
+                clip=self.clip or None,
                 callback=lambda *_: bar.update(),
             )
 
@@ -111,7 +108,7 @@ class Job:
 def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
     """Time the same weights in plain torch: eager, and compiled where asked for."""
     args = job.args
-    plain, _ = job.load(plain=True)
+    plain = models.plain(job.model)
     arms: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {
         "fastdiff": (job.model, nullcontext),
         "torch eager": (plain, lambda: fastdiff.use("ref")),
@@ -153,6 +150,7 @@ def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]
         "steps": args.steps,
         "guidance": job.guidance,
         "guidance_rescale": args.guidance_rescale,
+        "clip": job.clip,
         "seed": args.seed,
         "dtype": args.dtype,
         "pictures": len(job.labels),
@@ -206,6 +204,10 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--compile is one more arm of --compare; need --compare too")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise UsageError(f"--sampler is {args.sampler!r}, need one of {', '.join(SAMPLERS)}")
+    if args.out.suffix.lower() != ".png":
+        raise UsageError(f"--out is {str(args.out)!r}, need a name that ends in .png")
     names = args.model or list(MODELS)
     outs = [args.out]
     if len(names) > 1:

@@ -18,7 +18,7 @@ FLOORS = (
     ("_native", "dispatch"),
     ("ops",),
     ("nn", "models"),
-    ("samplers", "guidance", "cache", "tokens", "adapters", "data", "train"),
+    ("samplers", "guidance", "cache", "tokens", "adapters", "data", "quality", "train"),
     ("engine",),
     ("integrations",),
     ("accelerate", "cli", "cli_sample", "info", "testing", "testing_triton", "fastdiff"),
