@@ -21,7 +21,7 @@ from tqdm import tqdm
 import fastdiff
 from fastdiff import models
 from fastdiff.cli import MODELS, UsageError
-from fastdiff.samplers import SAMPLERS
+from fastdiff.samplers import SAMPLERS, sample
 
 MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
 SIZE = 32  # of a checkpoint whose card does not tell
@@ -77,6 +77,7 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
+        self.model: Any
         self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
         self.labels = _labels(self.model.num_classes, args)
         self.sampler = args.sampler or card.get("sampler", "ddim")
@@ -91,7 +92,7 @@ class Job:
         hidden = None if progress else True  # None: hidden where stderr is no terminal
         bar = tqdm(total=steps, desc=progress, disable=hidden, file=sys.stderr, leave=False)
         with bar:
-            return fastdiff.sample(
+            return sample(
                 model,
                 self.shape,
                 sampler=self.sampler,
