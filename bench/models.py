@@ -2,7 +2,7 @@
 
 DiT-S/2 (hidden 384, 12 blocks, 6 heads) on 32x32x4 latents: 256 tokens. U-Net: the Stable Diffusion
 layout in three levels on 32x32x4 latents with a text-like context of 77 tokens. Batch 2 (guidance).
-Weights are seeded and random; zero-initialised layers are re-drawn, or every output is the same. The
+Weights are seeded and random; zero-initialised layers are re-drawn, or every output is equal. The
 last row of each model is its bfloat16 copy against its own float32.
 """
 
@@ -58,7 +58,9 @@ def networks() -> list[tuple[str, nn.Module, nn.Module, tuple[Any, ...], dict[st
     ]
 
 
-def call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+def call(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Any]:
     """One forward without gradients."""
 
     @torch.inference_mode()
@@ -80,5 +82,6 @@ def cases() -> list[Case]:
         half = copy.deepcopy(ours).bfloat16()
         rest = {"float32": fast, "eager": call(copy.deepcopy(plain).bfloat16(), args, kwargs)}
         bf16 = call(half, args, kwargs)
-        result.append(Case(f"{name} bfloat16", bf16, rest, target=1.0, vs="float32", comparable=False))
+        title = f"{name} bfloat16"
+        result.append(Case(title, bf16, rest, target=1.0, vs="float32", comparable=False))
     return result

@@ -57,7 +57,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 # How to sample a network, for its card.
 SAMPLING: dict[str, dict[str, Any]] = {
-    "dit-digits": dict(sampler="flow_euler", steps=50, guidance=2.0),
+    "dit-digits": dict(sampler="flow_euler", steps=50, guidance=3.0),
     "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0, clip=1.0),
 }
 

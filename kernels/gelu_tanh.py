@@ -1,5 +1,5 @@
-"""Triton kernel of gelu_tanh: one program per row and BLOCK channels (without a bias the whole input
-is one row), one read and one write per element.
+"""Triton kernel of gelu_tanh: one program per row and BLOCK channels (without a bias the whole
+input is one row), one read and one write per element.
 """
 
 from __future__ import annotations
