@@ -121,8 +121,7 @@ def _why_not_small(x: Tensor, weight: Tensor) -> str | None:
     # half as fast at 2^18.
     rows = x.numel() // x.shape[-1]
     if rows < 4 or rows * weight.numel() <= 2**20:
-        work = f"{rows} x {x.shape[-1]} x {weight.shape[0]}"
-        return f"the product of {work} is too small to gain (need 4 rows, 2^20 multiply-adds)"
+        return "the product is too small to gain (need 4 rows and above 2^20 multiply-adds)"
     return None
 
 
@@ -145,11 +144,11 @@ def _onednn_why_not(
 def _upcast_why_not(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return "x is not float16 or bfloat16"
     why = _why_not_cpu(x, weight)
     if why is not None:
         return why
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {x.dtype} is not float16 or bfloat16"
     own, float32 = _product_ms(x.dtype)
     if own <= float32:
         return (
