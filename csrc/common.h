@@ -1,4 +1,5 @@
-// Host checks with messages, shared by the C++ entries of all ops. Torch headers allowed here, never in kernels.
+// Host checks with messages, shared by the C++ entries of all ops. Torch headers allowed here,
+// never in kernels.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +16,8 @@ inline Dtype dtype_of(const char* op, const char* name, const at::Tensor& t) {
     case at::kBFloat16: return Dtype::kBf16;
     case at::kHalf: return Dtype::kF16;
     default:
-      TORCH_CHECK(false, op, ": ", name, " is ", t.scalar_type(), ", need float32, bfloat16 or float16");
+      TORCH_CHECK(false, op, ": ", name, " is ", t.scalar_type(),
+                  ", need float32, bfloat16 or float16");
   }
 }
 
@@ -24,18 +26,23 @@ inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
 }
 
 inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
-  TORCH_CHECK(t.dim() == dim, op, ": ", name, " has shape ", t.sizes(), ", need ", dim, " dimensions");
+  TORCH_CHECK(t.dim() == dim, op, ": ", name, " has shape ", t.sizes(), ", need ", dim,
+              " dimensions");
 }
 
-inline void check_dtype(const char* op, const char* name, const at::Tensor& t, at::ScalarType need) {
+inline void check_dtype(const char* op, const char* name, const at::Tensor& t,
+                        at::ScalarType need) {
   TORCH_CHECK(t.scalar_type() == need, op, ": ", name, " is ", t.scalar_type(), ", need ", need);
 }
 
-inline void check_sizes(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef need) {
+inline void check_sizes(const char* op, const char* name, const at::Tensor& t,
+                        at::IntArrayRef need) {
   TORCH_CHECK(t.sizes() == need, op, ": ", name, " has shape ", t.sizes(), ", need ", need);
 }
 
 // Last dimension contiguous: what every kernel that walks rows needs.
-inline bool unit_last(const at::Tensor& t) { return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1; }
+inline bool unit_last(const at::Tensor& t) {
+  return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
+}
 
 }  // namespace fastdiff

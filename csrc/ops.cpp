@@ -7,10 +7,12 @@
 #include "cpu/level.h"
 
 TORCH_LIBRARY(fastdiff, m) {
-  // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. -> out [B,H,A,D], lse [B,H,A]
+  // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. ->
+  // out [B,H,A,D], lse [B,H,A]
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? query_group, "
-      "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index) -> (Tensor, Tensor)");
+      "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index) -> (Tensor, "
+      "Tensor)");
   // x [B,N,D]; shift, scale [B,D] or [B,N,D]; weight, bias [D]
   m.def(
       "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
@@ -20,8 +22,8 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, "
       "Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor)");
-  // of the three above, modulations [B,D] -> grad_x, grad_y ([0] without y), float32 [B,3,D]: sums over
-  // tokens of grad_modulated, grad_modulated * norm(r), grad_x * y
+  // of the three above, modulations [B,D] -> grad_x, grad_y ([0] without y), float32 [B,3,D]: sums
+  // over tokens of grad_modulated, grad_modulated * norm(r), grad_x * y
   m.def(
       "layer_norm_modulate_backward(Tensor? grad_residual, Tensor? grad_modulated, Tensor x, "
       "Tensor? y, Tensor? gate, Tensor? scale, Tensor? weight, float eps, bool rms) "
@@ -30,20 +32,22 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "
       "Tensor? scale, float eps, bool silu) -> Tensor");
-  // x [B,...]; m [K,B,...]; w [B,K]; coef [n,14]; step, noise_step [1|B]; rescale, seed, slot, select [B];
-  // mask [B|1,C|1,...]; h1, h2, ref, stored like x. -> (next state, history entry or [0])
+  // x [B,...]; m [K,B,...]; w [B,K]; coef [n,14]; step, noise_step [1|B]; rescale, seed, slot,
+  // select [B]; mask [B|1,C|1,...]; h1, h2, ref, stored like x. -> (next state, history entry or
+  // [0])
   m.def(
-      "fused_step(Tensor x, Tensor m, Tensor? w, Tensor coef, Tensor? step, Tensor? h1, Tensor? h2, "
+      "fused_step(Tensor x, Tensor m, Tensor? w, Tensor coef, Tensor? step, Tensor? h1, Tensor? "
+      "h2, "
       "Tensor? rescale, Tensor? seed, Tensor? slot, Tensor? noise_step, int stream, Tensor? mask, "
       "Tensor? ref, Tensor? select, Tensor? stored, bool keep) -> (Tensor, Tensor)");
   // seed, slot [B]; step [1|B] -> float32 [B, numel]
-  m.def(
-      "philox_normal(Tensor seed, Tensor slot, Tensor step, int stream, SymInt numel) -> Tensor");
+  m.def("philox_normal(Tensor seed, Tensor slot, Tensor step, int stream, SymInt numel) -> Tensor");
   m.def("geglu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
-      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "
+      "sin, "
       "Tensor? position, float eps, bool interleaved) -> (Tensor, Tensor)");
 }
 

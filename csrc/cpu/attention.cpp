@@ -22,9 +22,9 @@ at::Tensor check_index(const char* name, const at::Tensor& t, int64_t batch, int
                        bool broadcast) {
   check_cpu("attention", name, t);
   check_dtype("attention", name, t, at::kLong);
-  TORCH_CHECK(t.dim() == 2 && (t.size(0) == batch || (broadcast && t.size(0) == 1)) &&
-                  t.size(1) == cols,
-              "attention: ", name, " has shape ", t.sizes(), ", need [", batch, ", ", cols, "]");
+  TORCH_CHECK(
+      t.dim() == 2 && (t.size(0) == batch || (broadcast && t.size(0) == 1)) && t.size(1) == cols,
+      "attention: ", name, " has shape ", t.sizes(), ", need [", batch, ", ", cols, "]");
   return t.contiguous();
 }
 

@@ -9,7 +9,7 @@ struct AttentionArgs {
   const void* bias;        // null, [B|1,H|1,S,T] or [B|1,H|1,T]; unit last stride
   int64_t bias_stride[3];  // of B, H, S; the last is unused for a bias per key
   bool bias_full, bias_f32;
-  const int64_t *query_group, *key_group;      // [B|1,S], [B|1,T], values checked, or null
+  const int64_t *query_group, *key_group;        // [B|1,S], [B|1,T], values checked, or null
   int64_t query_group_stride, key_group_stride;  // of B
   const float* table;                            // [B|1,H|1,Gq,Gk], last two contiguous
   int64_t table_stride[2], key_groups;
@@ -27,8 +27,8 @@ struct AttentionArgs {
 FASTDIFF_DECLARE_KERNEL(attention, AttentionArgs)
 
 namespace fastdiff {
-constexpr int64_t kAttentionKeys = 128;   // keys per block of the online softmax
-constexpr int64_t kAttentionLanes = 48;   // most query rows per tile of any level
+constexpr int64_t kAttentionKeys = 128;  // keys per block of the online softmax
+constexpr int64_t kAttentionLanes = 48;  // most query rows per tile of any level
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -18,7 +18,8 @@
 //     scale folded into q                      but errors up to 3 times the allowed at 4096 keys
 //   O summed per block of keys first           same time, errors of eager torch
 //   scale applied to finished scores           same time; folded, q is rounded once more: the worst
-//                                              of 500 float32 cases had 2.7 times the error of eager
+//                                              of 500 float32 cases had 2.7 times the error of
+//                                              eager
 //   blocks of 64, 96, 192 or 256 keys          within 3 %, so 128: S and Q of D 64 fit L1 together
 //   float32 K, V in place for <= 96 rows       (1,8,16,1024,64) 315 to 229 us; above, no gain
 //   loops not inlined per dtype                same time, 10 s of compiling per level, from 25
@@ -32,10 +33,10 @@ FASTDIFF_KERNEL_BEGIN
 namespace {
 
 constexpr int W = Vec::width;
-constexpr int kLanes = 3 * W;           // query rows per tile; the leading dimension of its panels
-constexpr int kM = W == 16 ? 8 : 4;     // keys (or channels) per register tile: kM * 3 accumulators
+constexpr int kLanes = 3 * W;        // query rows per tile; the leading dimension of its panels
+constexpr int kM = W == 16 ? 8 : 4;  // keys (or channels) per register tile: kM * 3 accumulators
 constexpr int64_t kBlock = kAttentionKeys;
-constexpr int64_t kDepth = 160;         // words summed in one run of a score, for its rounding
+constexpr int64_t kDepth = 160;  // words summed in one run of a score, for its rounding
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 enum BiasKind { kNoBias, kKeyBias, kLaneBias };
 // The loops below are instantiated once per shape of tile, not inlined into every caller's copy.
@@ -279,22 +280,27 @@ struct Worker {
   const AttentionArgs& a;
   AttentionScratch at;
   float* scratch;
-  int64_t words;         // words per row of K and Q
-  int64_t v_words;       // words per column of V: the stride of a panel is kM times this
-  int64_t panels;        // panels of V
-  bool in_place;         // K and V are read where they lie: they are float32 words already
-  int64_t length = 0;    // keys of the sample in work
+  int64_t words;       // words per row of K and Q
+  int64_t v_words;     // words per column of V: the stride of a panel is kM times this
+  int64_t panels;      // panels of V
+  bool in_place;       // K and V are read where they lie: they are float32 words already
+  int64_t length = 0;  // keys of the sample in work
   const float *k_head = nullptr, *v_head = nullptr;  // first key's row; first panel
   int64_t k_stride, v_stride, panel_stride;          // between keys; words; panels
   const E *q_head = nullptr, *bias_head = nullptr;
   const float *bias32_head = nullptr, *table_head = nullptr;
 
   Worker(const AttentionArgs& args, int64_t thread)
-      : a(args), at(args), scratch(args.scratch + thread * at.total),
+      : a(args),
+        at(args),
+        scratch(args.scratch + thread * at.total),
         words((a.dim + Words::per_word - 1) / Words::per_word),
-        v_words(round_up(a.keys, 2) / Words::per_word), panels((a.dim + kM - 1) / kM),
-        in_place(read_in_place(args)), k_stride(in_place ? a.k_stride[2] : words),
-        v_stride(in_place ? a.v_stride[2] : kM), panel_stride(in_place ? kM : v_words * kM) {}
+        v_words(round_up(a.keys, 2) / Words::per_word),
+        panels((a.dim + kM - 1) / kM),
+        in_place(read_in_place(args)),
+        k_stride(in_place ? a.k_stride[2] : words),
+        v_stride(in_place ? a.v_stride[2] : kM),
+        panel_stride(in_place ? kM : v_words * kM) {}
 
   // Repacking pays for itself after two tiles: rows far apart share few cache sets, and cost a page
   // each. Panels of V must not pass the end of its rows.
@@ -310,8 +316,10 @@ struct Worker {
       if (int n = int(a.dim - d)) (src ? Vec::load(src + d, n) : Vec(0.0f)).store(dst + d, n);
     } else {
       dst[words - 1] = 0.0f;  // the second half of the last word where dim is odd
-      if (src) std::memcpy(dst, src, size_t(a.dim) * 2);
-      else std::memset(dst, 0, size_t(words) * 4);
+      if (src)
+        std::memcpy(dst, src, size_t(a.dim) * 2);
+      else
+        std::memset(dst, 0, size_t(words) * 4);
     }
   }
 
@@ -361,15 +369,16 @@ struct Worker {
       float* key_bias = scratch + at.key_bias;
       if (!a.bias_full)
         for (int64_t t = 0; t < round_up(length, kM); ++t)
-          key_bias[t] = t >= length ? 0.0f
-                        : kLog2e * (a.bias_f32 ? bias32_head[t] : to_float(bias_head[t]));
+          key_bias[t] =
+              t >= length ? 0.0f : kLog2e * (a.bias_f32 ? bias32_head[t] : to_float(bias_head[t]));
     }
     int64_t* offset = reinterpret_cast<int64_t*>(scratch + at.key_offset);
     if (a.table) table_head = a.table + b * a.table_stride[0] + h * a.table_stride[1];
     if (a.table || a.bias_full)
       for (int64_t t = 0; t < round_up(length, kM); ++t)
         offset[t] = kLanes * (t >= length ? 0
-                              : a.table ? a.key_group[b * a.key_group_stride + t] : t % kBlock);
+                              : a.table   ? a.key_group[b * a.key_group_stride + t]
+                                          : t % kBlock);
   }
 
   // Transposed biases of the tile's rows: of keys t0.. (full), or of every key group.
@@ -378,13 +387,19 @@ struct Worker {
     const float* rows32[kLanes];
     const E* rows_e[kLanes];
     for (int i = 0; i < vectors * W; ++i) {
-      if (a.table) rows32[i] = table_head + rows[i] * a.key_groups;
-      else if (a.bias_f32) rows32[i] = bias32_head + rows[i] * a.bias_stride[2] + t0;
-      else rows_e[i] = bias_head + rows[i] * a.bias_stride[2] + t0;
+      if (a.table)
+        rows32[i] = table_head + rows[i] * a.key_groups;
+      else if (a.bias_f32)
+        rows32[i] = bias32_head + rows[i] * a.bias_stride[2] + t0;
+      else
+        rows_e[i] = bias_head + rows[i] * a.bias_stride[2] + t0;
     }
-    if (a.table) pack_lanes(rows32, vectors, a.key_groups, kLog2e, dst);
-    else if (a.bias_f32) pack_lanes(rows32, vectors, keys, kLog2e, dst);
-    else pack_lanes(rows_e, vectors, keys, kLog2e, dst);
+    if (a.table)
+      pack_lanes(rows32, vectors, a.key_groups, kLog2e, dst);
+    else if (a.bias_f32)
+      pack_lanes(rows32, vectors, keys, kLog2e, dst);
+    else
+      pack_lanes(rows_e, vectors, keys, kLog2e, dst);
   }
 
   template <int NR>
@@ -404,7 +419,8 @@ struct Worker {
     }
     if constexpr (Words::per_word == 1) pack_lanes(q_rows, NR, a.dim, 1.0f, q);
 #ifdef __AVX512BF16__
-    else pack_pair_lanes(q_rows, NR, a.dim, q);
+    else
+      pack_pair_lanes(q_rows, NR, a.dim, q);
 #endif
     if (a.table) {
       int64_t groups[kLanes];
@@ -421,8 +437,8 @@ struct Worker {
       Vec top[NR], base[NR], correction[NR], block_sum[NR];
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) top[j] = m[j];
-      Keys block{k_head + t0 * k_stride, scratch + at.k + (t0 + keys / kM * kM) * words,
-                 k_stride, words, keys};
+      Keys block{k_head + t0 * k_stride, scratch + at.k + (t0 + keys / kM * kM) * words, k_stride,
+                 words, keys};
       score(block, q, c, scratch + at.key_bias + t0, scratch + at.lane_bias, offset + t0, s, top);
 #pragma GCC unroll 3
       for (int j = 0; j < NR; ++j) {
@@ -467,8 +483,10 @@ struct Worker {
         }
         transpose(r);
         for (int i = 0; i < rows; ++i) {
-          if (n == W) r[i].store(out + i * row_stride + d);
-          else r[i].store(out + i * row_stride + d, n);
+          if (n == W)
+            r[i].store(out + i * row_stride + d);
+          else
+            r[i].store(out + i * row_stride + d, n);
         }
       }
     }
@@ -483,9 +501,12 @@ struct Worker {
       start_head(b, h);
       for (int64_t left = stop, row = in_head * W; left;) {
         int nr = left >= 5 || left == 3 ? 3 : left == 1 ? 1 : 2;  // 4 = 2 + 2: one alone is slowest
-        if (nr == 3) tile<3>(b, h, row);
-        else if (nr == 2) tile<2>(b, h, row);
-        else tile<1>(b, h, row);
+        if (nr == 3)
+          tile<3>(b, h, row);
+        else if (nr == 2)
+          tile<2>(b, h, row);
+        else
+          tile<1>(b, h, row);
         left -= nr, row += nr * W;
       }
       u += stop;

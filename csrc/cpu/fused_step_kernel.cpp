@@ -319,12 +319,9 @@ static void run(const FusedStepArgs& a) {
 template <class T>
 static void run_state(const FusedStepArgs& a) {
   switch (a.m_dtype) {
-    case Dtype::kF32:
-      return run<T, float>(a);
-    case Dtype::kBf16:
-      return run<T, bf16>(a);
-    case Dtype::kF16:
-      return run<T, f16>(a);
+    case Dtype::kF32: return run<T, float>(a);
+    case Dtype::kBf16: return run<T, bf16>(a);
+    case Dtype::kF16: return run<T, f16>(a);
   }
 }
 

@@ -6,7 +6,8 @@ namespace fastdiff {
 
 at::Tensor gelu_tanh_cpu(const at::Tensor& x_in, const std::optional<at::Tensor>& bias_in) {
   check_cpu("gelu_tanh", "x", x_in);
-  TORCH_CHECK(x_in.dim() >= 1, "gelu_tanh: x has shape ", x_in.sizes(), ", need at least 1 dimension");
+  TORCH_CHECK(x_in.dim() >= 1, "gelu_tanh: x has shape ", x_in.sizes(),
+              ", need at least 1 dimension");
   at::Tensor x = x_in.contiguous(), bias;
   GeluTanhArgs args{};
   args.dtype = dtype_of("gelu_tanh", "x", x);

@@ -30,8 +30,8 @@ static Level start_level() {
   const char* want = std::getenv("FASTDIFF_CPU");
   if (!want || !*want) return detected_level();
   std::string name = want;
-  Level level = name == "avx2" ? Level::kAvx2
-                : name == "avx512" ? Level::kAvx512
+  Level level = name == "avx2"          ? Level::kAvx2
+                : name == "avx512"      ? Level::kAvx512
                 : name == "avx512_bf16" ? Level::kAvx512Bf16
                                         : Level::kNone;
   TORCH_CHECK(level != Level::kNone, "FASTDIFF_CPU=", name, ": need avx2, avx512 or avx512_bf16");

@@ -6,17 +6,19 @@
 
 namespace fastdiff {
 
-// Ordered: a machine that has one level has all before it. kNone: not even AVX2, native rows refuse.
+// Ordered: a machine that has one level has all before it. kNone: not even AVX2, native rows
+// refuse.
 enum class Level : int { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-Level detected_level();          // what this processor has
-Level current_level();           // detected, lowered by FASTDIFF_CPU or set_level()
-void set_level(Level level);     // tests run every level
+Level detected_level();       // what this processor has
+Level current_level();        // detected, lowered by FASTDIFF_CPU or set_level()
+void set_level(Level level);  // tests run every level
 
 // Element types of the tensors that kernels read and write.
 enum class Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };
 
-// Calls body(begin, end) on torch's thread pool (at::parallel_for); `grain` is the least range worth a thread.
+// Calls body(begin, end) on torch's thread pool (at::parallel_for); `grain` is the least range
+// worth a thread.
 using RangeFn = void (*)(void* ctx, int64_t begin, int64_t end);
 void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx);
 
@@ -24,29 +26,36 @@ template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& body) {
   using Body = std::remove_reference_t<F>;
   parallel_range(
-      begin, end, grain,
-      [](void* ctx, int64_t b, int64_t e) { (*static_cast<Body*>(ctx))(b, e); },
+      begin, end, grain, [](void* ctx, int64_t b, int64_t e) { (*static_cast<Body*>(ctx))(b, e); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace fastdiff
 
-// Declares `void name(const Args&)` for every level; kernels define it inside FASTDIFF_KERNEL_BEGIN / END.
-#define FASTDIFF_DECLARE_KERNEL(name, Args)        \
-  namespace fastdiff {                             \
-  namespace avx2 { void name(const Args&); }       \
-  namespace avx512 { void name(const Args&); }     \
-  namespace avx512_bf16 { void name(const Args&); } \
+// Declares `void name(const Args&)` for every level; kernels define it inside FASTDIFF_KERNEL_BEGIN
+// / END.
+#define FASTDIFF_DECLARE_KERNEL(name, Args) \
+  namespace fastdiff {                      \
+  namespace avx2 {                          \
+  void name(const Args&);                   \
+  }                                         \
+  namespace avx512 {                        \
+  void name(const Args&);                   \
+  }                                         \
+  namespace avx512_bf16 {                   \
+  void name(const Args&);                   \
+  }                                         \
   }
 
 // Host side: runs the variant of the current level.
-#define FASTDIFF_CALL_KERNEL(name, args)                                          \
-  do {                                                                            \
-    switch (::fastdiff::current_level()) {                                        \
-      case ::fastdiff::Level::kAvx512Bf16: ::fastdiff::avx512_bf16::name(args); break; \
-      case ::fastdiff::Level::kAvx512: ::fastdiff::avx512::name(args); break;     \
-      case ::fastdiff::Level::kAvx2: ::fastdiff::avx2::name(args); break;         \
-      case ::fastdiff::Level::kNone:                                              \
-        TORCH_CHECK(false, #name ": native kernels need AVX2, FMA and F16C, which this processor lacks"); \
-    }                                                                             \
+#define FASTDIFF_CALL_KERNEL(name, args)                                                           \
+  do {                                                                                             \
+    switch (::fastdiff::current_level()) {                                                         \
+      case ::fastdiff::Level::kAvx512Bf16: ::fastdiff::avx512_bf16::name(args); break;             \
+      case ::fastdiff::Level::kAvx512: ::fastdiff::avx512::name(args); break;                      \
+      case ::fastdiff::Level::kAvx2: ::fastdiff::avx2::name(args); break;                          \
+      case ::fastdiff::Level::kNone:                                                               \
+        TORCH_CHECK(false,                                                                         \
+                    #name ": native kernels need AVX2, FMA and F16C, which this processor lacks"); \
+    }                                                                                              \
   } while (0)

@@ -21,11 +21,13 @@ at::Tensor output_like(const at::Tensor& x) {
 }
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> qk_norm_rope_cpu(
-    const at::Tensor& q_in, const at::Tensor& k_in, const std::optional<at::Tensor>& q_weight,
-    const std::optional<at::Tensor>& k_weight, const std::optional<at::Tensor>& cos_in,
-    const std::optional<at::Tensor>& sin_in, const std::optional<at::Tensor>& position_in, double eps,
-    bool interleaved) {
+std::tuple<at::Tensor, at::Tensor> qk_norm_rope_cpu(const at::Tensor& q_in, const at::Tensor& k_in,
+                                                    const std::optional<at::Tensor>& q_weight,
+                                                    const std::optional<at::Tensor>& k_weight,
+                                                    const std::optional<at::Tensor>& cos_in,
+                                                    const std::optional<at::Tensor>& sin_in,
+                                                    const std::optional<at::Tensor>& position_in,
+                                                    double eps, bool interleaved) {
   check_cpu(kOp, "q", q_in);
   check_cpu(kOp, "k", k_in);
   check_dim(kOp, "q", q_in, 4);
@@ -50,8 +52,8 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_cpu(
     args.cos = cos.const_data_ptr<float>();
     args.sin = sin.const_data_ptr<float>();
     if (!position_in)
-      TORCH_CHECK(cos.size(0) >= args.length, kOp, ": cos has shape ", cos.sizes(), ", need at least ",
-                  args.length, " rows or a position");
+      TORCH_CHECK(cos.size(0) >= args.length, kOp, ": cos has shape ", cos.sizes(),
+                  ", need at least ", args.length, " rows or a position");
   }
   if (position_in) {
     check_cpu(kOp, "position", *position_in);
@@ -69,7 +71,8 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope_cpu(
                         ": position has value ", args.position[i], ", need 0 to ", cos.size(0) - 1);
   }
 
-  at::Tensor x[2] = {unit_last(q_in) ? q_in : q_in.contiguous(), unit_last(k_in) ? k_in : k_in.contiguous()};
+  at::Tensor x[2] = {unit_last(q_in) ? q_in : q_in.contiguous(),
+                     unit_last(k_in) ? k_in : k_in.contiguous()};
   const std::optional<at::Tensor>* weight_in[2] = {&q_weight, &k_weight};
   const char* names[2] = {"q_weight", "k_weight"};
   at::Tensor y[2] = {output_like(q_in), output_like(k_in)}, weight[2];

@@ -3,8 +3,8 @@
 
 namespace fastdiff {
 struct QkNormRopeTensor {
-  const void* x;  // [batch, heads, length, dim], unit last stride
-  void* y;        // the same shape, unit last stride
+  const void* x;       // [batch, heads, length, dim], unit last stride
+  void* y;             // the same shape, unit last stride
   const void* weight;  // [dim] or null: no normalisation
   int64_t heads;
   int64_t x_b, x_h, x_s, y_b, y_h, y_s;  // strides in elements

@@ -38,9 +38,8 @@ FD_INLINE void one_head(const T* x, T* y, const T* weight, const float* cos, con
       part.store(fma(a, s, b * c), y + i + half);
     });
   }
-  each(dim - 2 * half, [&](int64_t i, auto part) {
-    part.store(value(2 * half + i, part), y + 2 * half + i);
-  });
+  each(dim - 2 * half,
+       [&](int64_t i, auto part) { part.store(value(2 * half + i, part), y + 2 * half + i); });
 }
 
 template <class T, bool kInterleaved>

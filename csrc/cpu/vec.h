@@ -1,5 +1,6 @@
-// One float32 vector of the level being compiled, with loads and stores that convert bfloat16 and float16.
-// Included only by *_kernel.cpp, between no other instruction set: everything lives in the level's own namespace.
+// One float32 vector of the level being compiled, with loads and stores that convert bfloat16 and
+// float16. Included only by *_kernel.cpp, between no other instruction set: everything lives in the
+// level's own namespace.
 #pragma once
 #include <immintrin.h>
 
@@ -34,8 +35,12 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 FD_INLINE float to_float(float x) { return x; }
 FD_INLINE float to_float(bf16 x) {
@@ -48,7 +53,9 @@ FD_INLINE float to_float(f16 x) { return _cvtsh_ss(x.bits); }
 template <class T>
 FD_INLINE T from_float(float x);
 template <>
-FD_INLINE float from_float<float>(float x) { return x; }
+FD_INLINE float from_float<float>(float x) {
+  return x;
+}
 template <>
 FD_INLINE bf16 from_float<bf16>(float x) {  // round to nearest even; NaN stays a quiet NaN
   uint32_t u;
@@ -93,12 +100,14 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16());
   }
   FD_INLINE void store(f16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   FD_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   FD_INLINE void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), to_bf16()); }
   FD_INLINE void store(f16* p, int n) const {
-    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_mask_storeu_epi16(p, mask(n),
+                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   FD_INLINE __m256i to_bf16() const {
 #ifdef __AVX512BF16__  // one instruction; float32 denormals become 0
@@ -106,7 +115,8 @@ struct Vec {
 #else
     __m512i u = _mm512_castps_si512(v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+    __m512i r = _mm512_srli_epi32(
+        _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     r = _mm512_mask_set1_epi32(r, nan, 0x7fc0);
     return _mm512_cvtepi32_epi16(r);
@@ -121,7 +131,9 @@ FD_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 FD_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 FD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }    // a*b + c
 FD_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }  // c - a*b
-FD_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }  // second operand where either is NaN
+FD_INLINE Vec vmax(Vec a, Vec b) {
+  return _mm512_max_ps(a.v, b.v);
+}  // second operand where either is NaN
 FD_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 FD_INLINE Vec vsqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 FD_INLINE Vec vabs(Vec a) { return _mm512_abs_ps(a.v); }
@@ -131,13 +143,15 @@ FD_INLINE Vec round_even(Vec a) {
 FD_INLINE Vec scale2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }  // a * 2^n, n integral
 FD_INLINE Vec copysign(Vec magnitude, Vec sign) {
   __m512i s = _mm512_set1_epi32(int(0x80000000u));
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      s, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xca));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(s, _mm512_castps_si512(sign.v),
+                                                       _mm512_castps_si512(magnitude.v), 0xca));
 }
 FD_INLINE Vec keep_nan(Vec result, Vec x) {  // result, but x where x is NaN
   return _mm512_mask_mov_ps(result.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), x.v);
 }
-FD_INLINE Vec first(Vec a, int n) { return _mm512_maskz_mov_ps(Vec::mask(n), a.v); }  // 0 past lane n
+FD_INLINE Vec first(Vec a, int n) {
+  return _mm512_maskz_mov_ps(Vec::mask(n), a.v);
+}  // 0 past lane n
 // exp2 in two steps: a - floor(a), and p * 2^floor(a) (0 or infinite out of range).
 FD_INLINE Vec fraction(Vec a) {
   return _mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -191,7 +205,8 @@ struct Vec {
   FD_INLINE __m128i narrow(const bf16*) const {
     __m256i u = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
+    __m256i r = _mm256_srli_epi32(
+        _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
     return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
@@ -200,7 +215,9 @@ struct Vec {
     return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   FD_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  FD_INLINE void store(bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p)); }
+  FD_INLINE void store(bf16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p));
+  }
   FD_INLINE void store(f16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p)); }
   FD_INLINE void store(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
   template <class H>
@@ -233,11 +250,14 @@ FD_INLINE Vec vabs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
 FD_INLINE Vec round_even(Vec a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// a * 2^n, n integral in [-252, 252]: two exact factors keep 2^n normal, so results may go denormal or infinite.
+// a * 2^n, n integral in [-252, 252]: two exact factors keep 2^n normal, so results may go denormal
+// or infinite.
 FD_INLINE Vec scale2(Vec a, Vec n) {
-  __m256i i = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(i, 1), bias = _mm256_set1_epi32(127);
+  __m256i i = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(i, 1),
+          bias = _mm256_set1_epi32(127);
   __m256 f = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  __m256 g = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23));
+  __m256 g =
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23));
   return _mm256_mul_ps(_mm256_mul_ps(a.v, f), g);
 }
 FD_INLINE Vec copysign(Vec magnitude, Vec sign) {
@@ -285,7 +305,8 @@ FD_INLINE Vec vexp(Vec x) {
 FD_INLINE Vec vsigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + vexp(Vec(0.0f) - x)); }
 FD_INLINE Vec vsilu(Vec x) { return x / (Vec(1.0f) + vexp(Vec(0.0f) - x)); }
 
-// tanh(x) = 1 - 2/(exp(2|x|)+1) with the sign of x; a Taylor branch below 0.1 keeps the relative error <= 4e-7.
+// tanh(x) = 1 - 2/(exp(2|x|)+1) with the sign of x; a Taylor branch below 0.1 keeps the relative
+// error <= 4e-7.
 FD_INLINE Vec vtanh(Vec x) {
   Vec a = vabs(x), s = x * x;
   Vec big = Vec(1.0f) - Vec(2.0f) / (vexp(a + a) + Vec(1.0f));
@@ -295,14 +316,16 @@ FD_INLINE Vec vtanh(Vec x) {
   return keep_nan(copysign(select_lt(a, Vec(0.1f), small, big), x), x);
 }
 
-// GELU, tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+// GELU, tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * sigmoid(2 sqrt(2/pi) (x +
+// 0.044715 x^3)).
 FD_INLINE Vec vgelu_tanh(Vec x) {
   Vec inner = x * fma(x * x, Vec(-0.044715f * 1.5957691216057308f), Vec(-1.5957691216057308f));
   return x / (Vec(1.0f) + vexp(inner));
 }
 
-// GELU: x Phi(x) with Phi(x) = 1/2 + x P(x^2)/Q(x^2), minimax (2e-8) for |x| < 5.6, 0 or 1 past it. Absolute
-// error <= 1e-6 (near |x| = 5; torch's is 1.2e-6); half the time of a form through exp. NaN at NaN and at -inf.
+// GELU: x Phi(x) with Phi(x) = 1/2 + x P(x^2)/Q(x^2), minimax (2e-8) for |x| < 5.6, 0 or 1 past it.
+// Absolute error <= 1e-6 (near |x| = 5; torch's is 1.2e-6); half the time of a form through exp.
+// NaN at NaN and at -inf.
 FD_INLINE Vec vgelu(Vec x) {
   Vec s = vmin(x * x, Vec(31.36f));
   Vec p = Vec(2.2297456325759413e-8f), q = Vec(1.179659534500388e-6f);
@@ -322,17 +345,25 @@ FD_INLINE Vec vgelu(Vec x) {
 // Full vectors and the masked tail of a row through one generic body(i, part).
 struct Full {
   template <class T>
-  FD_INLINE Vec load(const T* p) const { return Vec::load(p); }
+  FD_INLINE Vec load(const T* p) const {
+    return Vec::load(p);
+  }
   template <class T>
-  FD_INLINE void store(Vec v, T* p) const { v.store(p); }
+  FD_INLINE void store(Vec v, T* p) const {
+    v.store(p);
+  }
   FD_INLINE Vec keep(Vec v) const { return v; }
 };
 struct Tail {
   int n;
   template <class T>
-  FD_INLINE Vec load(const T* p) const { return Vec::load(p, n); }
+  FD_INLINE Vec load(const T* p) const {
+    return Vec::load(p, n);
+  }
   template <class T>
-  FD_INLINE void store(Vec v, T* p) const { v.store(p, n); }
+  FD_INLINE void store(Vec v, T* p) const {
+    v.store(p, n);
+  }
   FD_INLINE Vec keep(Vec v) const { return first(v, n); }
 };
 
@@ -362,9 +393,21 @@ FD_INLINE void sum_each(int64_t dim, float (&sums)[K], F body) {
 FASTDIFF_KERNEL_END
 
 // Switches on args.dtype with `T` bound to float, bf16 or f16.
-#define FASTDIFF_DTYPE_SWITCH(dtype, ...)            \
-  switch (dtype) {                                   \
-    case ::fastdiff::Dtype::kF32: { using T = float; __VA_ARGS__; break; } \
-    case ::fastdiff::Dtype::kBf16: { using T = bf16; __VA_ARGS__; break; } \
-    case ::fastdiff::Dtype::kF16: { using T = f16; __VA_ARGS__; break; }   \
+#define FASTDIFF_DTYPE_SWITCH(dtype, ...) \
+  switch (dtype) {                        \
+    case ::fastdiff::Dtype::kF32: {       \
+      using T = float;                    \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case ::fastdiff::Dtype::kBf16: {      \
+      using T = bf16;                     \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case ::fastdiff::Dtype::kF16: {       \
+      using T = f16;                      \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
   }
