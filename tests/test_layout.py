@@ -21,7 +21,16 @@ FLOORS = (
     ("samplers", "guidance", "cache", "tokens", "adapters", "data", "quality", "train"),
     ("engine",),
     ("integrations",),
-    ("accelerate", "cli", "cli_sample", "info", "testing", "testing_compile", "testing_triton", "fastdiff"),
+    (
+        "accelerate",
+        "cli",
+        "cli_sample",
+        "info",
+        "testing",
+        "testing_compile",
+        "testing_triton",
+        "fastdiff",
+    ),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # Host synchronisation outside references, by file and function, with the reason for it.
