@@ -321,8 +321,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any], command: str) ->
         lines.append(
             f"| {op} | {case} | {fast['median_ms']:.3f} (IQR {fast['iqr_ms']:.3f}) | "
             + (f"{100 * share:.0f} % ({fast['limit']})" if share else "")
-            + f" | {main[0]['ratio']:.2f} x | " * bool(main)
-            + " | | " * (not main)
+            + (f" | {main[0]['ratio']:.2f} x | " if main else " | | ")
             + f"{other} | "
             + (f"{target['target']:g}: {'yes' if target['reached'] else 'no'}" if target else "")
             + " |"
