@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from _case import Case
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.ops import group_norm_silu
+
+
+def _with_gradients(norm: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = norm(leaves[0], 32, *leaves[1:])
+    return torch.autograd.grad(y, leaves, y)
 
 
 def cases() -> list[Case]:
@@ -27,6 +38,21 @@ def cases() -> list[Case]:
                         },
                         bytes=2.0 * x.numel() * x.element_size(),
                         target=2.0,
+                    )
+                )
+                result.append(
+                    Case(
+                        f"with gradients {list(shape)} {str(dtype)[6:]} {str(layout)[6:]}",
+                        lambda a=(x, weight, bias): _with_gradients(group_norm_silu, *a),
+                        {
+                            "eager": lambda a=(x, weight, bias): _with_gradients(
+                                lambda *b: F.silu(F.group_norm(*b)), *a
+                            ),
+                            "ref": lambda a=(x, weight, bias): _with_gradients(
+                                partial(group_norm_silu, impl="ref"), *a
+                            ),
+                        },
+                        bytes=5.0 * x.numel() * x.element_size(),
                     )
                 )
     return result

@@ -32,6 +32,10 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "
       "Tensor? scale, float eps, bool silu) -> Tensor");
+  // -> grad_x, float32 [B,2,C]: sums over positions of grad_u, grad_u * norm(x); u is what silu takes
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, "
+      "Tensor? bias, Tensor? shift, Tensor? scale, float eps, bool silu) -> (Tensor, Tensor)");
   // x [B,...]; m [K,B,...]; w [B,K]; coef [n,14]; step, noise_step [1|B]; rescale, seed, slot,
   // select [B]; mask [B|1,C|1,...]; h1, h2, ref, stored like x. -> (next state, history entry or
   // [0])

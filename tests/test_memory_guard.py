@@ -27,6 +27,8 @@ def guard(t, at_end):
     # The values of t between two unreadable pages, touching one of them.
     if t is None or t.numel() == 0:
         return t
+    if not t.is_contiguous():  # channels last
+        return guard(t.movedim(1, -1), at_end).movedim(-1, 1)
     size = t.numel() * t.element_size()
     room = -(-size // PAGE) * PAGE
     memory = mmap.mmap(-1, room + 2 * PAGE)
@@ -54,6 +56,7 @@ def calls(dtype):
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
         extra = dict(shift=r(b, c), scale=r(b, c))
         yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra
+        yield "group_norm_silu", (r(b, h, w, c).movedim(-1, 1), g, r(c), r(c)), extra
     for b, h, s, t, d in ((1, 1, 1, 1, 1), (2, 2, 5, 7, 8), (1, 2, 9, 17, 40), (1, 1, 33, 65, 72)):
         q, k, v = r(b, h, s, d), r(b, h, t, d), r(b, h, t, d)
         yield "attention", (q, k, v), {}
@@ -77,6 +80,20 @@ def fence(value, at_end):
         return ops.GroupBias(*(guard(t, at_end) for t in value))
     return value
 
+def backward(op, args, extra, at_end):
+    # The native backward, where there is one, between unreadable pages as well.
+    leaves = []
+    def leaf(value):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+    args, extra = [leaf(a) for a in args], {k: leaf(v) for k, v in extra.items()}
+    if fastdiff.explain(op, *args, **extra)["native"] is None:
+        out = op(*args, **extra, impl="native")
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(out, leaves, [guard(torch.randn_like(o), at_end) for o in out])
+
 if sys.argv[1] == "control":
     page = guard(torch.ones(5), True)
     print("planted", flush=True)
@@ -94,6 +111,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             print(op, dtype, level, shapes, flush=True)
             fastdiff.set_cpu_level(level)
             getattr(ops, op)(*args, **extra, impl="native")
+            backward(getattr(ops, op), args, extra, at_end)
 print("done", flush=True)
 """
 

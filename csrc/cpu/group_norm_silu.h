@@ -14,5 +14,12 @@ struct GroupNormSiluArgs {
   bool silu, channels_last;
   Dtype dtype;
 };
+
+struct GroupNormSiluBackwardArgs {
+  GroupNormSiluArgs forward;  // y is the gradient of x
+  const void* grad;           // of y, in the layout of x
+  float* sums;  // [B, 2, C]: over positions, of grad_u and of grad_u * normalised x, u before silu
+};
 }  // namespace fastdiff
 FASTDIFF_DECLARE_KERNEL(group_norm_silu, GroupNormSiluArgs)
+FASTDIFF_DECLARE_KERNEL(group_norm_silu_backward, GroupNormSiluBackwardArgs)

@@ -228,3 +228,110 @@ def test_every_triton_config():
         x, weight, bias, shift, scale = tensors
         got = triton_norm.group_norm_silu(x, 2, weight, bias, shift, scale, 1e-5, True)
     testing.assert_close(got, exact, eager(*parts), what="guarded")
+
+
+def gradients(parts, dtype, row):
+    """Of a fixed random functional of the output, to every tensor, through one row."""
+    leaves = [
+        t.detach().to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for t in parts
+    ]
+    out = call(leaves, row)
+    seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.autograd.grad(out, [t for t in leaves if isinstance(t, torch.Tensor)], seen)
+
+
+def check_gradients(draw, what):
+    """Of 8 draws at once: the largest of a handful of errors alone would be luck, eager's too."""
+    results = []
+    for _ in range(8):
+        parts = draw()
+        exact = gradients(parts, torch.float64, "ref")
+        plain = gradients(parts, parts[0].dtype, "ref")
+        with testing.unchanged(*(t for t in parts if isinstance(t, torch.Tensor))):
+            got = gradients(parts, parts[0].dtype, "native")
+        results.append((got, exact, plain))
+        assert got[0].stride() == torch.empty_like(parts[0]).stride() or not got[0].numel()
+    for i, draws in enumerate(zip(*(zip(*r, strict=True) for r in results), strict=True)):
+        g, e, p = (torch.stack(t) for t in zip(*draws, strict=True))
+        testing.assert_close(g, e, p, what=f"{what} gradient {i}")
+
+
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("case", ["plain", "modulated", "no act"])
+def test_native_gradients(level, dtype, case):
+    with testing.cpu_level(level):
+        for shape, groups in CASES + LARGE[1:2]:
+            if 0 in shape[2:]:
+                continue  # torch leaves the gradient of weight undefined
+            for layout in (torch.clone, channels_last):
+
+                def draw(shape=shape, groups=groups, layout=layout):
+                    parts = make(shape, groups, dtype, case)
+                    return [layout(parts[0]), *parts[1:]]
+
+                check_gradients(draw, f"{shape} {groups} {layout.__name__}")
+
+
+def test_native_gradients_without_positions_are_zero():
+    x = torch.ones(2, 8, 0, 3, requires_grad=True)
+    leaves = [torch.ones(8, requires_grad=True), torch.ones(2, 8, requires_grad=True)]
+    out = group_norm_silu(x, 4, leaves[0], shift=leaves[1], impl="native")
+    grads = torch.autograd.grad(out.sum(), [x, *leaves])
+    assert grads[0].shape == x.shape and not any(g.any() for g in grads)
+
+
+def test_native_gradients_with_mean_far_above_the_deviation():
+    for layout in (torch.clone, channels_last):
+
+        def draw(layout=layout):
+            parts = make((2, 20, 9, 7), 5, torch.float32, "modulated", spread=1.0, mean=1e4)
+            return [layout(parts[0]), *parts[1:]]
+
+        check_gradients(draw, layout.__name__)
+
+
+def test_reference_gradients_and_refusals():
+    x = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, s: group_norm_silu(x, 2, shift=s, scale=s), (x, scale)
+    )
+    x = x.detach().float().requires_grad_()
+    assert "no backward" in fastdiff.explain(group_norm_silu, x, 2)["triton"]
+    out = group_norm_silu(x, 2, impl="native").square().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_opcheck_and_compile_with_gradients():
+    weight, bias, shift, scale = (torch.randn(s).requires_grad_() for s in (8, 8, (2, 8), (2, 8)))
+    for layout in (torch.clone, channels_last):
+        x = layout(torch.randn(2, 8, 3, 5)).requires_grad_()
+        args = (x, 4, weight, bias, shift, scale, 1e-5, True)
+        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, args)
+        plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(
+            torch.ops.fastdiff.group_norm_silu_backward.default, (plain[0], *plain)
+        )
+
+    def loss(x, weight, scale):
+        return group_norm_silu(x, 4, weight, scale=scale).square().sum()
+
+    torch._dynamo.reset()
+    leaves = (x, weight, scale)
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    torch.testing.assert_close(got, want)
+
+
+def test_native_backward_entry_is_safe_by_itself():
+    backward = torch.ops.fastdiff.group_norm_silu_backward
+    for grad, groups, message in (
+        (X[:1], 2, r"grad has shape \[1, 8, 3, 3\], need \[2, 8, 3, 3\]"),
+        (X.half(), 2, "grad is Half, need Float"),
+        (X, 3, "num_groups is 3, need a divisor of C = 8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backward(grad, X, groups, None, None, None, None, 1e-5, True)
