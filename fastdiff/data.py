@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ class Digits(NamedTuple):
     held_y: Tensor
 
 
+@lru_cache(maxsize=1)  # parsing the text file takes seconds
 def digits(seed: int = 0) -> Digits:
-    """Load the digits, 28x28 padded to 32x32, with the same split for the same seed."""
+    """The digits, 28x28 padded to 32x32; the same split for the same seed. Not to be written to."""
     import numpy as np
 
     try:
