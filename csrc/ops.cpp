@@ -32,7 +32,7 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? shift, "
       "Tensor? scale, float eps, bool silu) -> Tensor");
-  // -> grad_x, float32 [B,2,C]: sums over positions of grad_u, grad_u * norm(x); u is what silu takes
+  // -> grad_x, float32 [B,2,C]: sums over positions of grad_u and grad_u * norm(x); u: silu's input
   m.def(
       "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, "
       "Tensor? bias, Tensor? shift, Tensor? scale, float eps, bool silu) -> (Tensor, Tensor)");
