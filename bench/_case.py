@@ -18,4 +18,5 @@ class Case:
     bytes: float = 0  # that one call must at least read and write
     target: float | None = None  # ratio of the median of `vs` to that of `fast` to be reached
     vs: str = "eager"  # the baseline that target means
+    also: dict[str, float] = field(default_factory=dict)  # ratios to be reached to further arms
     comparable: bool = True  # `fast` and baseline `vs` compute the same values

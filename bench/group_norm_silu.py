@@ -38,6 +38,7 @@ def cases() -> list[Case]:
                         },
                         bytes=2.0 * x.numel() * x.element_size(),
                         target=2.0,
+                        also={"copy": 1 / 1.8},
                     )
                 )
                 result.append(

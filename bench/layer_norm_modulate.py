@@ -50,6 +50,7 @@ def cases() -> list[Case]:
                     },
                     bytes=2 * size,
                     target=3.0,
+                    also={"copy": 1 / 1.5},
                 ),
                 Case(
                     f"gate_residual {what}",
@@ -69,6 +70,7 @@ def cases() -> list[Case]:
                     },
                     bytes=4 * size,
                     target=3.0,
+                    also={"two copies": 1 / 1.5},
                 ),
                 Case(
                     f"gate_residual_norm_modulate with gradients {what}",

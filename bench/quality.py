@@ -18,6 +18,7 @@ def main() -> None:
     p.add_argument("--per-class", type=int, default=100)
     p.add_argument("--steps", type=int, help="default: the card's")
     p.add_argument("--guidance", type=float, help="default: the card's")
+    p.add_argument("--clip", type=float, help="default: the card's")
     p.add_argument("--sampler", help="default: the card's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -30,8 +31,8 @@ def main() -> None:
     for name in args.names:
         model, card = models.load(name)
         options = {
-            key: card[key] if getattr(args, key) is None else getattr(args, key)
-            for key in ("sampler", "steps", "guidance")
+            key: card.get(key) if getattr(args, key) is None else getattr(args, key)
+            for key in ("sampler", "steps", "guidance", "clip")
         }
         result = quality.evaluate(model, per_class=args.per_class, seed=args.seed, **options)
         print(

@@ -217,9 +217,8 @@ def run_case(op: str, case: Case, limits: Limits, compiled: bool) -> list[dict[s
     fast = times["fastdiff"][0]
     rows = []
     for arm, (median, iqr) in times.items():
-        reached = None
-        if arm == case.vs and case.target is not None:
-            reached = median / fast >= case.target
+        target = case.target if arm == case.vs else case.also.get(arm)
+        reached = None if target is None or arm == "fastdiff" else median / fast >= target
         rows.append(
             {
                 "op": op,
@@ -234,7 +233,7 @@ def run_case(op: str, case: Case, limits: Limits, compiled: bool) -> list[dict[s
                 "limit_ms": least * 1e3 if least else None,
                 "share_of_limit": least / median if least else None,
                 "ratio": median / fast,
-                "target": case.target if arm == case.vs else None,
+                "target": target,
                 "reached": reached,
             }
         )
@@ -262,7 +261,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         else:
             words.append(f"[{row['row']}]" if row["row"] else "")
         if row["reached"] is not None:
-            words.append(f"target {row['target']:g}: {'reached' if row['reached'] else 'MISSED'}")
+            words.append(f"target {row['target']:.3g}: {'reached' if row['reached'] else 'MISSED'}")
         print(" ".join(words).rstrip(), flush=True)
 
 
@@ -316,14 +315,16 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any], command: str) ->
         fast, rest = arms[0], arms[1:]
         main = [r for r in rest if r["arm"] == "eager"]
         other = ", ".join(f"{r['arm']} {r['ratio']:.2f} x" for r in rest if r["arm"] != "eager")
-        target = next((r for r in rest if r["target"] is not None), None)
+        targets = [r for r in rest if r["target"] is not None]
         share = fast["share_of_limit"]
         lines.append(
             f"| {op} | {case} | {fast['median_ms']:.3f} (IQR {fast['iqr_ms']:.3f}) | "
             + (f"{100 * share:.0f} % ({fast['limit']})" if share else "")
             + (f" | {main[0]['ratio']:.2f} x | " if main else " | | ")
             + f"{other} | "
-            + (f"{target['target']:g}: {'yes' if target['reached'] else 'no'}" if target else "")
+            + ", ".join(
+                f"{r['arm']} {r['target']:.3g}: {'yes' if r['reached'] else 'no'}" for r in targets
+            )
             + " |"
         )
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
-    from fastdiff import _C
+    from fastdiff import _C  # type: ignore[attr-defined]
 
     load_error: str | None = None
 except ImportError as error:  # never fatal: every op has a reference row

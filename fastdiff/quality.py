@@ -150,6 +150,7 @@ def evaluate(
     sampler: str = "ddim",
     steps: int = 50,
     guidance: float = 2.0,
+    clip: float | None = None,
     seed: int = 0,
     batch: int = 100,
 ) -> dict[str, Any]:
@@ -158,9 +159,9 @@ def evaluate(
     start, parts = time.monotonic(), []
     for i, part in enumerate(classes.split(batch)):
         shape = (len(part), 1, data.SIZE, data.SIZE)
-        options: dict[str, Any] = dict(sampler=sampler, steps=steps, guidance=guidance, clip=1.0)
+        options: dict[str, Any] = dict(sampler=sampler, steps=steps, guidance=guidance, clip=clip)
         parts.append(sample(model, shape, classes=part, seed=seed + i, **options))
     seconds = time.monotonic() - start
-    settings = dict(sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    settings = dict(sampler=sampler, steps=steps, guidance=guidance, clip=clip, seed=seed)
     result = score(torch.cat(parts).clamp(-1, 1), classes)
     return {**result, **settings, "seconds": round(seconds, 1)}

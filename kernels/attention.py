@@ -195,6 +195,7 @@ def attention(
         bias_strides = [_broadcast_stride(bias, i) for i in range(bias.dim() - 1)] + [0]
     if table is not None:
         kind = "group"
+        assert query_group is not None and key_group is not None  # the three come together
         query_group, key_group, table = (t.contiguous() for t in (query_group, key_group, table))
         group_strides = [_broadcast_stride(t, 0) for t in (query_group, key_group)]
         table_strides = [_broadcast_stride(table, i) for i in range(2)]

@@ -12,7 +12,7 @@ template <bool act, int U>
 static FD_INLINE void times_slope(Vec (&d)[U], const Vec (&u)[U]) {
   if constexpr (act) {
     Vec s[U];
-    one_plus_exp<U>(u, s);
+    one_plus_exp<false>(u, s);
 #define FD_EACH _Pragma("GCC unroll 4") for (int j = 0; j < U; ++j)
     FD_EACH s[j] = Vec(1.0f) / s[j];
     FD_EACH d[j] = d[j] * s[j];

@@ -15,7 +15,7 @@ static FD_INLINE void apply(const T* x, T* y, int64_t n, Map map) {
     }
     if constexpr (act) {
       Vec p[U];
-      one_plus_exp<U>(u, p);
+      one_plus_exp<std::is_same_v<T, bf16>>(u, p);
 #pragma GCC unroll 4
       for (int j = 0; j < U; ++j) u[j] = u[j] / p[j];
     }
@@ -24,9 +24,11 @@ static FD_INLINE void apply(const T* x, T* y, int64_t n, Map map) {
   });
 }
 
-// Elements [from, to) of group g, which is one contiguous run of C/G rows of P.
+// Elements [from, to) of group g, which is one contiguous run of C/G rows of P. The elements `next`
+// further on are brought to L2 meanwhile: the arithmetic here leaves the memory idle, and measuring
+// the next group would wait for it.
 template <class T, bool act>
-static void apply_run(const GroupNormSiluArgs& a, int64_t g, int64_t from, int64_t to,
+static void apply_run(const GroupNormSiluArgs& a, int64_t g, int64_t from, int64_t to, int64_t next,
                       const GroupMoments& s) {
   const int64_t per_group = a.C / a.groups, start = g * per_group * a.P;
   const float rstd = rstd_of(s, a.eps);
@@ -35,8 +37,11 @@ static void apply_run(const GroupNormSiluArgs& a, int64_t g, int64_t from, int64
     const int64_t row = g * per_group + k;
     const Affine f = affine_of<T>(a, row / a.C, row % a.C, s, rstd);
     const Vec center(f.center), mul(f.mul), add(f.add);
-    apply<act>(static_cast<const T*>(a.x) + start + at, static_cast<T*>(a.y) + start + at,
-               stop - at, [&](Vec x, int64_t, auto) { return fma(x - center, mul, add); });
+    const T* x = static_cast<const T*>(a.x) + start + at;
+    apply<act>(x, static_cast<T*>(a.y) + start + at, stop - at, [&](Vec v, int64_t i, auto) {
+      prefetch_l2(x + next + i);
+      return fma(v - center, mul, add);
+    });
     at = stop;
   }
 }
@@ -51,7 +56,7 @@ static void contiguous(const GroupNormSiluArgs& a) {
   if (total >= 16 || run < 2 * kPiece) {
     parallel_for(0, total, 1 + 16384 / run, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g)
-        apply_run<T, act>(a, g, 0, run, run_moments(x + g * run, run));
+        apply_run<T, act>(a, g, 0, run, run, run_moments(x + g * run, run));
     });
     return;
   }
@@ -69,7 +74,7 @@ static void contiguous(const GroupNormSiluArgs& a) {
       const int64_t g = t / pieces, i = t % pieces;
       GroupMoments s;
       for (int64_t k = 0; k < pieces; ++k) s.merge(parts.data[g * pieces + k]);
-      apply_run<T, act>(a, g, i * kPiece, end_of(i), s);
+      apply_run<T, act>(a, g, i * kPiece, end_of(i), kPiece, s);
     }
   });
 }

@@ -38,7 +38,7 @@ static void backward_piece(const LayerNormModulateBackwardArgs& a, int64_t b, in
         acc[0] = acc[0] + r;
         acc[1] = fma(r, r, acc[1]);
       });
-      const RowMoments s = moments(n, D, totals[0], totals[1], a.eps, a.rms);
+      const RowMoments s = moments_of(n, D, totals[0], totals[1], a.eps, a.rms);
       const Vec center(s.center), rest(s.rest);
       rstd = Vec(s.rstd);
       sum_each<2>(D, totals, [&](int64_t i, auto part, Vec* acc) {

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "layer_norm_modulate_rows.h"
 
 FASTDIFF_KERNEL_BEGIN
@@ -15,58 +17,102 @@ static void fold(const LayerNormModulateArgs& a, int64_t b, int64_t n, float* mu
   });
 }
 
-// Per row: one read of x (and y), one write of each output; everything between stays in L1. The
-// fold is redone only where the sample changes, or per row for per-token modulations.
+// r = x + gate * y of one row, written to `residual` and, in float32, to `h` where that is given.
 template <class T>
-static void norm_rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end) {
-  constexpr bool widen = !std::is_same_v<T, float>;
-  const int64_t D = a.D;
-  const int64_t padded = (D + 15) / 16 * 16;  // keeps the three vectors aligned
-  Scratch<float> scratch(3 * size_t(padded));
-  float *mul = scratch.data, *add = mul + padded, *buffer = add + padded;
-  const bool per_token = a.shift.n_stride || a.scale.n_stride;
-  int64_t folded = -1;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t b = row / a.N, n = row % a.N;
-    const T *x = row_of<T>(a.x, b, n), *y = row_of<T>(a.y, b, n), *gate = row_of<T>(a.gate, b, n);
-    T* residual = a.residual ? static_cast<T*>(a.residual) + row * D : nullptr;
-    T* out = a.modulated ? static_cast<T*>(a.modulated) + row * D : nullptr;
-    const float* h = buffer;
-    float sums[2];
-    if (y) {
-      sum_each<2>(D, sums, [&](int64_t i, auto part, Vec* acc) {
-        Vec r = fma(part.load(gate + i), part.load(y + i), part.load(x + i));
-        part.store(r, residual + i);
-        if (widen && out) part.store(r, buffer + i);
-        acc[0] = acc[0] + r;
-        acc[1] = fma(r, r, acc[1]);
-      });
-      if (!out) continue;
-      if constexpr (!widen) h = residual;
-    } else {
-      sum_each<2>(D, sums, [&](int64_t i, auto part, Vec* acc) {
-        Vec r = part.load(x + i);
-        if constexpr (widen) part.store(r, buffer + i);
-        acc[0] = acc[0] + r;
-        acc[1] = fma(r, r, acc[1]);
-      });
-      if constexpr (!widen) h = x;
+static void add_gated(const LayerNormModulateArgs& a, int64_t b, int64_t n, T* residual, float* h,
+                      float (&sums)[2]) {
+  const T *x = row_of<T>(a.x, b, n), *y = row_of<T>(a.y, b, n), *gate = row_of<T>(a.gate, b, n);
+  sum_each<2>(a.D, sums, [&](int64_t i, auto part, Vec* acc) {
+    Vec r = fma(part.load(gate + i), part.load(y + i), part.load(x + i));
+    part.store(r, residual + i);
+    if (h) part.store(r, h + i);
+    acc[0] = acc[0] + r;
+    acc[1] = fma(r, r, acc[1]);
+  });
+}
+
+template <class T>
+static void gated_rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end) {
+  float sums[2];
+  for (int64_t row = begin; row < end; ++row)
+    add_gated<T>(a, row / a.N, row % a.N, static_cast<T*>(a.residual) + row * a.D, nullptr, sums);
+}
+
+// Sums of one row, and where it is normalised from: x itself, or x + gate * y before it is rounded
+// to T, which goes to `wide` unless T is float32.
+template <class T, class H>
+static const H* sum_row(const LayerNormModulateArgs& a, int64_t row, float* wide,
+                        float (&sums)[2]) {
+  const int64_t b = row / a.N, n = row % a.N;
+  if (a.y.data) {
+    T* residual = static_cast<T*>(a.residual) + row * a.D;
+    if constexpr (std::is_same_v<T, float>) {
+      add_gated<T>(a, b, n, residual, nullptr, sums);
+      return residual;
+    } else if constexpr (std::is_same_v<H, float>) {
+      add_gated<T>(a, b, n, residual, wide, sums);
+      return wide;
     }
-    if (per_token || folded != b) fold<T>(a, b, n, mul, add), folded = b;
-    const RowMoments s = moments(h, D, sums[0], sums[1], a.eps, a.rms);
-    const Vec center(s.center), rstd(s.rstd), rest(s.rest);
-    each(D, [&](int64_t i, auto part) {
-      Vec m = fma(part.load(h + i) - center, rstd, rest);
-      part.store(fma(m, part.load(mul + i), part.load(add + i)), out + i);
-    });
+  }
+  const H* x = reinterpret_cast<const H*>(row_of<T>(a.x, b, n));
+  sum_each<2>(a.D, sums, [&](int64_t i, auto part, Vec* acc) {
+    Vec e = part.load(x + i);
+    acc[0] = acc[0] + e;
+    acc[1] = fma(e, e, acc[1]);
+  });
+  return x;
+}
+
+// Every row is read once, and written while it is in L1. Without y up to four rows go together:
+// their statistics, each the latency of tens of vectors, are then computed side by side. (With y
+// the rows of four tensors would push each other out of L1.)
+template <class T, class H>
+static void norm_rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end) {
+  constexpr int kRows = 4;
+  constexpr int64_t kInFlight = 12288;  // bytes; twice that is slower where L3 is busy
+  const int64_t D = a.D, padded = (D + 15) / 16 * 16;  // keeps the vectors aligned
+  Scratch<float> scratch(3 * size_t(padded));
+  float *mul = scratch.data, *add = mul + padded, *wide = add + padded;
+  const bool per_token = a.shift.n_stride || a.scale.n_stride;
+  const int64_t fit = kInFlight / (2 * D * int64_t(sizeof(T)));
+  const int64_t step = a.y.data ? 1 : std::clamp<int64_t>(fit, 1, kRows);
+  int64_t folded = -1;
+  for (int64_t first = begin; first < end; first += step) {
+    const int count = int(std::min(end - first, step));
+    const H* h[kRows];
+    float sums[kRows][2];
+    RowMoments moments[kRows];
+    for (int r = 0; r < count; ++r) h[r] = sum_row<T, H>(a, first + r, wide, sums[r]);
+    for (int r = 0; r < count; ++r)
+      moments[r] = moments_of(h[r], D, sums[r][0], sums[r][1], a.eps, a.rms);
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = first + r, b = row / a.N;
+      if (per_token || folded != b) fold<T>(a, b, row % a.N, mul, add), folded = b;
+      const Vec center(moments[r].center), rstd(moments[r].rstd), rest(moments[r].rest);
+      T* out = static_cast<T*>(a.modulated) + row * D;
+      each(D, [&](int64_t i, auto part) {
+        Vec m = fma(part.load(h[r] + i) - center, rstd, rest);
+        part.store(fma(m, part.load(mul + i), part.load(add + i)), out + i);
+      });
+    }
+  }
+}
+
+template <class T>
+static void rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end) {
+  if (!a.modulated) {
+    gated_rows<T>(a, begin, end);
+  } else if (a.y.data) {
+    norm_rows<T, float>(a, begin, end);
+  } else {
+    norm_rows<T, T>(a, begin, end);
   }
 }
 
 void layer_norm_modulate(const LayerNormModulateArgs& a) {
   int64_t grain = 1 + 16384 / a.D;
-  FASTDIFF_DTYPE_SWITCH(a.dtype, parallel_for(0, a.B * a.N, grain, [&](int64_t b, int64_t e) {
-                          norm_rows<T>(a, b, e);
-                        }));
+  FASTDIFF_DTYPE_SWITCH(
+      a.dtype, parallel_for(0, a.B * a.N, grain, [&](int64_t b, int64_t e) { rows<T>(a, b, e); }));
 }
 
 FASTDIFF_KERNEL_END

@@ -17,7 +17,8 @@ struct RowMoments {
 // Mean and variance by a second pass over a row in L1. It sums the deviations themselves too: their
 // mean is the rounding error of the first mean, so rows with mean >> deviation keep full precision
 // (Chan et al. 1983).
-inline RowMoments moments_far(const float* h, int64_t dim, float mean, float eps) {
+template <class H>
+inline RowMoments moments_far(const H* h, int64_t dim, float mean, float eps) {
   float sums[2];
   sum_each<2>(dim, sums, [&](int64_t i, auto part, Vec* acc) {
     Vec d = part.keep(part.load(h + i) - Vec(mean));
@@ -31,8 +32,9 @@ inline RowMoments moments_far(const float* h, int64_t dim, float mean, float eps
 
 // One pass gave sum and square; they cancel by at most 1 bit where the mean is within a
 // deviation of 0.
-FD_INLINE RowMoments moments(const float* h, int64_t dim, float sum, float square, float eps,
-                             bool rms) {
+template <class H>
+FD_INLINE RowMoments moments_of(const H* h, int64_t dim, float sum, float square, float eps,
+                                bool rms) {
   float mean = rms ? 0.0f : sum / float(dim), var = square / float(dim) - mean * mean;
   if (!rms && !(mean * mean <= var)) return moments_far(h, dim, mean, eps);
   float rstd = 1.0f / std::sqrt(var + eps);

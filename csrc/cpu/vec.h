@@ -370,8 +370,14 @@ struct Tail {
 template <class F>
 FD_INLINE void each(int64_t dim, F body) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + Vec::width <= dim; i += Vec::width) body(i, Full{});
   if (i < dim) body(i, Tail{int(dim - i)});
+}
+
+// Asks for the cache line of p, which need not be readable, in L2 ahead of its use.
+FD_INLINE void prefetch_l2(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }
 
 // Sums of K quantities over a row; four chains of additions hide their latency.

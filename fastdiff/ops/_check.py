@@ -30,9 +30,7 @@ def check_tensor(
     if not isinstance(t, Tensor):
         raise ValueError(f"{op}: {name} is {type(t).__name__}, need a torch.Tensor")
     if t.dtype not in FLOATS:
-        raise ValueError(
-            f"{op}: {name} is {t.dtype}, need float16, bfloat16, float32 (or float64)"
-        )
+        raise ValueError(f"{op}: {name} is {t.dtype}, need float16, bfloat16, float32 (or float64)")
     check_strided(op, name, t)
     if dim is not None and t.dim() != dim:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, need {dim} dimensions")

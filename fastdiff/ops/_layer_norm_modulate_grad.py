@@ -83,9 +83,10 @@ def _backward(op: str):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dr = None if op == "layer_norm_modulate" else grads[0]
         dm = None if op == "gate_residual" else grads[-1]
-        made = {}
+        made: dict[str, Tensor] = {}
         if dr is not None or dm is not None:
-            made = _gradients(dr, dm, *ctx.saved_tensors, ctx.eps, ctx.rms)
+            x, y, gate, scale, weight, bias = ctx.saved_tensors
+            made = _gradients(dr, dm, x, y, gate, scale, weight, bias, ctx.eps, ctx.rms)
         needs = zip(ARGUMENTS[op], ctx.needs_input_grad, strict=True)
         return tuple(made.get(name) if need else None for name, need in needs)
 

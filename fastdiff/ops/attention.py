@@ -83,6 +83,7 @@ def attention_ref(
             bias = bias.gather(2, index)
         score = score + wide(bias)
     if table is not None:
+        assert query_group is not None and key_group is not None  # the three come together
         check_range("attention", "bias.query_group", query_group, 0, table.shape[2])
         check_range("attention", "bias.key_group", key_group, 0, table.shape[3])
         if q_index is not None:
@@ -267,7 +268,7 @@ def row_args(
     groups: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if isinstance(bias, GroupBias):
         _check_groups(bias, q, k)
-        groups, bias = tuple(bias), None
+        groups, bias = (bias[0], bias[1], bias[2]), None
     elif bias is not None:
         bias = _check_bias(bias, q, k)
     if key_lengths is not None:
