@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from fastdiff import models, quality
+from fastdiff import keep_memory, models, quality
 
 
 def main() -> None:
     """Evaluate each named checkpoint with its card's sampler, steps and guidance."""
+    keep_memory()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("names", nargs="*", default=["dit-digits", "unet-digits"], help="names or paths")
     p.add_argument("--per-class", type=int, default=100)

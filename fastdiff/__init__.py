@@ -1,6 +1,7 @@
 """fastdiff: kernels and an engine that make diffusion models sample and fine-tune fast."""
 
 from fastdiff import ops
+from fastdiff._memory import keep_memory
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
@@ -13,6 +14,7 @@ __all__ = [
     "cpu_level",
     "cpu_levels",
     "explain",
+    "keep_memory",
     "ops",
     "record",
     "sample",

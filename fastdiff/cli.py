@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fastdiff._memory import keep_memory
+
 MODELS = ("dit-digits", "unet-digits")  # bundled with the package
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -190,6 +192,7 @@ def info(args: argparse.Namespace) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Dispatch to the sub-command; raises on bad input."""
+    keep_memory()
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
     args = parser().parse_args(argv)

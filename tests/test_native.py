@@ -99,3 +99,23 @@ def test_native_rows_say_why_not():
 @pytest.mark.parametrize("op", ("gelu_tanh", "geglu", "qk_norm_rope"))
 def test_native_rows_are_registered_for_the_cpu(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CPU")
+
+
+def test_keep_memory_ends_page_faults():
+    """A block of 64 MiB that is freed and allocated again costs no new pages."""
+    code = """
+import platform, resource, torch, fastdiff
+if platform.libc_ver()[0] != "glibc":
+    raise SystemExit(77)
+assert fastdiff.keep_memory()
+for i in range(20):
+    if i == 10:  # where to put it is settled by then
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1000  # 16,384 pages a block

@@ -1,0 +1,169 @@
+// The only header that kernel files include: CUDA itself, or its model on the CPU (csrc/simt).
+//
+// What keeps one source good for nvcc, NVRTC and the CPU:
+//   shared memory is dynamic: GPU_SHARED(T, name), its size given at the launch
+//   launches are GPU_LAUNCH(...), in functions under #ifndef __CUDACC_RTC__
+//   collectives are the _sync ones, with a mask; nothing relies on lanes in step
+//   inline PTX stands here alone; bits are moved by memcpy; no library but this header
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#ifdef __CUDACC_RTC__
+#include <cuda/std/cstdint>
+#include <cuda/std/type_traits>
+using cuda::std::int64_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
+namespace std {
+using cuda::std::is_same_v;
+}
+#define INFINITY __int_as_float(0x7f800000)
+#else
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#endif
+
+namespace gpu {
+// 16 bytes from global to shared memory, or 16 zeros where `read` is false.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool read = true) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  const int bytes = read ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most `pending` of this thread's groups are on their way.
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+// Four 8x8 matrices of 16-bit elements; lane i gives row i % 8 of matrix i / 8.
+template <bool transposed>
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+  const unsigned from = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+// d[16x8] += a[16x16] b[16x8] of T, in float32.
+template <class T>
+__device__ __forceinline__ void mma_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                          unsigned b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+}  // namespace gpu
+
+#define GPU_SHARED(T, name)                                           \
+  extern __shared__ __align__(128) unsigned char gpu_shared_##name[]; \
+  T* name = reinterpret_cast<T*>(gpu_shared_##name)
+
+#ifndef __CUDACC_RTC__
+template <class Kernel, class... Args>
+inline int gpu_launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                      Args... args) {
+  if (shared > 48 * 1024) {  // more than that has to be asked for
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return int(error);
+  }
+  kernel<<<grid, block, shared, stream>>>(args...);
+  return int(cudaGetLastError());
+}
+#define GPU_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  gpu_launch(kernel, grid, block, shared, stream, __VA_ARGS__)
+#endif
+#else
+#include "simt/simt.h"  // IWYU pragma: export
+#endif
+
+namespace gpu {
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+constexpr unsigned kAll = 0xffffffffu;  // the mask of a whole warp
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __float2bfloat16(x);
+  } else if constexpr (std::is_same_v<T, f16>) {
+    return __float2half(x);
+  } else {
+    return x;
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+  for (int with = 16; with; with >>= 1) v += __shfl_xor_sync(kAll, v, with);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+  for (int with = 16; with; with >>= 1) v = fmaxf(v, __shfl_xor_sync(kAll, v, with));
+  return v;
+}
+
+// Four neighbouring elements as float32; the address is aligned to all four.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T e[4];
+};
+template <class T>
+__device__ __forceinline__ void load4(const T* p, float (&v)[4]) {
+  const Quad<T> q = *reinterpret_cast<const Quad<T>*>(p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = to_float(q.e[i]);
+}
+template <class T>
+__device__ __forceinline__ void store4(const float (&v)[4], T* p) {
+  Quad<T> q;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q.e[i] = from_float<T>(v[i]);
+  *reinterpret_cast<Quad<T>*>(p) = q;
+}
+}  // namespace gpu
+
+// Element types as the host names them: fastdiff::Dtype of csrc/cpu/level.h.
+#define GPU_DTYPE_SWITCH(dtype, ...) \
+  switch (dtype) {                   \
+    case 0: {                        \
+      using T = float;               \
+      __VA_ARGS__;                   \
+      break;                         \
+    }                                \
+    case 1: {                        \
+      using T = gpu::bf16;           \
+      __VA_ARGS__;                   \
+      break;                         \
+    }                                \
+    case 2: {                        \
+      using T = gpu::f16;            \
+      __VA_ARGS__;                   \
+      break;                         \
+    }                                \
+  }
