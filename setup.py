@@ -1,8 +1,10 @@
 """Build fastdiff._C: one extension, its CPU kernels compiled once per instruction set.
 
-``csrc/ops.cpp`` and ``csrc/cpu/<op>.cpp`` are host code (torch headers, baseline flags);
+``csrc/ops.cpp``, ``gpu.cpp`` and ``cpu/<op>.cpp`` are host code (torch headers, baseline flags);
 ``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
 of ``LEVELS`` into its own namespace, so that the linker can never merge code of two levels.
+``csrc/cuda/*.cu`` become fastdiff/_cuda.so where there is nvcc: a library of its own without torch,
+which the extension loads at run time, so that it needs no CUDA build of torch.
 
 Environment: ``FASTDIFF_CUDA`` 0|1 (default: 1 where nvcc and CUDA sources exist),
 ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``FASTDIFF_SANITIZE`` ("address,undefined"),
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,7 +79,42 @@ def cuda_request():
         return None, "CUDA off (no nvcc on PATH)"
     if not sources:
         return None, "CUDA off (this version has no CUDA sources; GPU rows are Triton)"
-    return nvcc, f"CUDA on ({nvcc}, {os.environ.get('TORCH_CUDA_ARCH_LIST', 'default archs')})"
+    return nvcc, f"CUDA on ({nvcc}, {cuda_archs()})"
+
+
+def cuda_archs():
+    """As torch writes them: "8.0;9.0a+PTX", where +PTX adds code for later GPUs to compile."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;8.6;8.9;9.0a;10.0a;12.0a"
+
+
+def build_cuda(nvcc):
+    """csrc/cuda/*.cu into fastdiff/_cuda.so: its own CUDA runtime, no torch, nothing to link to."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    codes = []
+    for name in cuda_archs().replace(" ", ";").strip(";").split(";"):
+        arch = name.removesuffix("+PTX").replace(".", "")
+        codes.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if name.endswith("+PTX"):
+            codes.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    out = HERE / "build" / "cuda"
+    out.mkdir(parents=True, exist_ok=True)
+    heads = [*HERE.glob("csrc/cuda/*.h"), *HERE.glob("csrc/cpu/*.h"), HERE / "setup.py"]
+    newest = max(p.stat().st_mtime for p in heads)
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=default", f"-I{HERE / 'csrc'}"]
+    flags += [f"-I{HERE / 'csrc' / 'cuda'}", *codes]
+
+    def one(source):
+        obj = out / (source.stem + ".o")
+        if not obj.exists() or obj.stat().st_mtime < max(newest, source.stat().st_mtime):
+            subprocess.run([nvcc, *flags, "-c", str(source), "-o", str(obj)], check=True)
+        return str(obj)
+
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(one, sorted(HERE.glob("csrc/cuda/*.cu"))))
+    library = str(HERE / "fastdiff" / "_cuda.so")
+    subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", library], check=True)
 
 
 def extension():
@@ -93,6 +131,8 @@ def extension():
             for level, isa in LEVELS.items():
                 ext.extra_objects += self.compile_level(ext, level, isa)
             super().build_extensions()
+            if nvcc:
+                build_cuda(nvcc)
 
         def compile_level(self, ext, level, isa):
             from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +156,7 @@ def extension():
             with ThreadPoolExecutor(jobs) as pool:
                 return list(pool.map(one, sorted(HERE.glob("csrc/cpu/*_kernel.cpp"))))
 
-    host = ["csrc/ops.cpp"]
+    host = ["csrc/ops.cpp", "csrc/gpu.cpp"]
     host += [
         str(p.relative_to(HERE))
         for p in sorted(HERE.glob("csrc/cpu/*.cpp"))
@@ -134,7 +174,7 @@ def extension():
 
 
 reason = no_extension_reason()
-exts, commands, cuda = [], {}, "CUDA off"
+exts, commands, cuda, nvcc = [], {}, "CUDA off", None
 if reason is None:
     nvcc, cuda = cuda_request()
     exts, commands = extension()
@@ -169,7 +209,7 @@ setup(
     packages=packages,
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.bench": "bench"},
     py_modules=["fastdiff_engine"],
-    package_data={"fastdiff": ["py.typed", "_build_info.json", "checkpoints/*"]},
+    package_data={"fastdiff": ["py.typed", "_build_info.json", "_cuda.so", "checkpoints/*"]},
     ext_modules=exts,
     cmdclass=commands,
 )

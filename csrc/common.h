@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/level.h"
+#include "gpu.h"
 
 namespace fastdiff {
 
@@ -23,6 +24,18 @@ inline Dtype dtype_of(const char* op, const char* name, const at::Tensor& t) {
 
 inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " is on ", t.device(), ", need cpu");
+}
+
+// An op whose kernels are also the GPU's: x is where the call runs, all else is there too.
+inline void check_runs(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.is_cpu() || x.is_cuda(), op, ": ", name, " is on ", x.device(),
+              ", need cpu or cuda");
+}
+
+inline void check_device(const char* op, const char* name, const at::Tensor& t,
+                         const at::Tensor& x) {
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", need ",
+              x.device());
 }
 
 inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {

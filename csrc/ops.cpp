@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/level.h"
+#include "gpu.h"
 
 TORCH_LIBRARY(fastdiff, m) {
   // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. ->
@@ -75,6 +76,9 @@ PYBIND11_MODULE(_C, m) {
       levels.append(level_name(fastdiff::Level(i)));
     return levels;
   });
+  m.def("load_gpu_library", &fastdiff::load_gpu_library);
+  m.def("why_not_gpu", &fastdiff::why_not_gpu);
+  m.def("set_emulating", &fastdiff::set_emulating);
   m.def("set_cpu_level", [](const std::string& name) {
     for (int i = 1; i <= int(fastdiff::detected_level()); ++i)
       if (name == level_name(fastdiff::Level(i))) return fastdiff::set_level(fastdiff::Level(i));

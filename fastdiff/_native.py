@@ -55,20 +55,34 @@ def native(op: str) -> Callable[..., Any]:
     return missing
 
 
-def why_not_native(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
-    """None where the extension is loaded and all tensors are on the CPU, in ``dtypes``."""
+def why_not_native(
+    *tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES, gpu: str | None = None
+) -> str | None:
+    """None where the extension is loaded and all tensors are on the CPU, in ``dtypes``.
+
+    ``gpu`` names the op's CUDA kernel, where it has one: then tensors may all be on a GPU instead.
+    """
     if _C is None:
         return load_error
-    if _levels_missing:
-        return "native kernels need AVX2, FMA and F16C, which this processor lacks"
     for t in tensors:
         if t is None:
             continue
-        if t.device.type != "cpu":
-            return f"a tensor is on {t.device}; native kernels are for the cpu"
+        if t.device.type == "cuda":
+            if gpu is None:
+                return f"a tensor is on {t.device}; this op's native kernels are for the cpu"
+            reason = _C.why_not_gpu(gpu)
+            if reason:
+                return str(reason)
+        elif t.device.type != "cpu":
+            return f"a tensor is on {t.device}; native kernels are for the cpu and cuda"
+        elif _levels_missing:
+            return "native kernels need AVX2, FMA and F16C, which this processor lacks"
         if t.dtype not in dtypes:
             return f"dtype {t.dtype} is not one of {', '.join(map(str, dtypes))}"
     return None
 
 
 _levels_missing = _C is not None and not cpu_levels()
+GPU_LIBRARY = Path(__file__).with_name("_cuda.so")  # built where nvcc was
+if _C is not None and GPU_LIBRARY.exists():
+    _C.load_gpu_library(str(GPU_LIBRARY), False)

@@ -28,6 +28,7 @@ FLOORS = (
         "info",
         "testing",
         "testing_compile",
+        "testing_simt",
         "testing_triton",
         "fastdiff",
     ),

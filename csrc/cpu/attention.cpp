@@ -10,7 +10,9 @@ namespace fastdiff {
 
 namespace {
 
+// Of indices in host memory; the GPU kernel clamps them instead, so that nothing waits for it.
 void check_range(const char* name, const at::Tensor& t, int64_t high) {
+  if (!t.is_cpu()) return;
   const int64_t* p = t.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < t.numel(); ++i)
     TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < high, "attention: ", name, " has value ", p[i],
@@ -18,9 +20,10 @@ void check_range(const char* name, const at::Tensor& t, int64_t high) {
 }
 
 // `t`, made contiguous: int64 of `cols` columns and `batch` rows (or 1 row where `broadcast`).
-at::Tensor check_index(const char* name, const at::Tensor& t, int64_t batch, int64_t cols,
+at::Tensor check_index(const char* name, const at::Tensor& t, const at::Tensor& q, int64_t cols,
                        bool broadcast) {
-  check_cpu("attention", name, t);
+  const int64_t batch = q.size(0);
+  check_device("attention", name, t, q);
   check_dtype("attention", name, t, at::kLong);
   TORCH_CHECK(
       t.dim() == 2 && (t.size(0) == batch || (broadcast && t.size(0) == 1)) && t.size(1) == cols,
@@ -32,8 +35,10 @@ at::Tensor unit_stride(const at::Tensor& t) { return unit_last(t) ? t : t.contig
 
 int64_t stride_of(const at::Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
-void set_bias(AttentionArgs& a, at::Tensor& bias, int64_t q_rows, at::ScalarType dtype) {
-  check_cpu("attention", "bias", bias);
+void set_bias(AttentionArgs& a, at::Tensor& bias, const at::Tensor& q) {
+  const int64_t q_rows = q.size(2);
+  const at::ScalarType dtype = q.scalar_type();
+  check_device("attention", "bias", bias, q);
   a.bias_f32 = bias.scalar_type() == at::kFloat;
   TORCH_CHECK(a.bias_f32 || bias.scalar_type() == dtype, "attention: bias is ", bias.scalar_type(),
               ", need ", dtype, " or float32");
@@ -50,19 +55,20 @@ void set_bias(AttentionArgs& a, at::Tensor& bias, int64_t q_rows, at::ScalarType
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention_cpu(
+std::tuple<at::Tensor, at::Tensor> attention(
     const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, double scale,
     const std::optional<at::Tensor>& bias_in, const std::optional<at::Tensor>& query_group_in,
     const std::optional<at::Tensor>& key_group_in, const std::optional<at::Tensor>& table_in,
     const std::optional<at::Tensor>& key_lengths_in, const std::optional<at::Tensor>& q_index_in) {
   AttentionArgs a{};
+  check_runs("attention", "q", q_in);
   a.dtype = dtype_of("attention", "q", q_in);
   check_dim("attention", "q", q_in, 4);
   check_dim("attention", "k", k_in, 4);
   a.batch = q_in.size(0), a.heads = q_in.size(1), a.keys = k_in.size(2), a.dim = q_in.size(3);
   TORCH_CHECK(a.dim > 0, "attention: q has shape ", q_in.sizes(), ", need a head dimension > 0");
   for (auto [name, t] : {std::pair{"q", &q_in}, {"k", &k_in}, {"v", &v_in}}) {
-    check_cpu("attention", name, *t);
+    check_device("attention", name, *t, q_in);
     check_dtype("attention", name, *t, q_in.scalar_type());
     if (t != &q_in) check_sizes("attention", name, *t, {a.batch, a.heads, a.keys, a.dim});
   }
@@ -76,13 +82,13 @@ std::tuple<at::Tensor, at::Tensor> attention_cpu(
   at::Tensor bias, query_group, key_group, table, key_lengths, q_index;
   if (bias_in) {
     bias = *bias_in;
-    set_bias(a, bias, q.size(2), q.scalar_type());
+    set_bias(a, bias, q);
   }
   TORCH_CHECK(query_group_in.has_value() == table_in.has_value() &&
                   key_group_in.has_value() == table_in.has_value() && !(bias_in && table_in),
               "attention: need either bias, or query_group, key_group and table, or none of them");
   if (table_in) {
-    check_cpu("attention", "bias.table", *table_in);
+    check_device("attention", "bias.table", *table_in, q);
     check_dtype("attention", "bias.table", *table_in, at::kFloat);
     check_dim("attention", "bias.table", *table_in, 4);
     TORCH_CHECK((table_in->size(0) == 1 || table_in->size(0) == a.batch) &&
@@ -90,8 +96,8 @@ std::tuple<at::Tensor, at::Tensor> attention_cpu(
                 "attention: bias.table has shape ", table_in->sizes(), ", need [", a.batch,
                 " or 1, ", a.heads, " or 1, query groups, key groups]");
     table = table_in->contiguous();
-    query_group = check_index("bias.query_group", *query_group_in, a.batch, q.size(2), true);
-    key_group = check_index("bias.key_group", *key_group_in, a.batch, a.keys, true);
+    query_group = check_index("bias.query_group", *query_group_in, q, q.size(2), true);
+    key_group = check_index("bias.key_group", *key_group_in, q, a.keys, true);
     check_range("bias.query_group", query_group, table.size(2));
     check_range("bias.key_group", key_group, table.size(3));
     a.table = table.const_data_ptr<float>();
@@ -103,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor> attention_cpu(
     a.key_group_stride = stride_of(key_group, 0);
   }
   if (key_lengths_in) {
-    check_cpu("attention", "key_lengths", *key_lengths_in);
+    check_device("attention", "key_lengths", *key_lengths_in, q);
     check_dtype("attention", "key_lengths", *key_lengths_in, at::kLong);
     check_sizes("attention", "key_lengths", *key_lengths_in, {a.batch});
     key_lengths = key_lengths_in->contiguous();
@@ -113,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> attention_cpu(
   if (q_index_in) {
     check_dim("attention", "q_index", *q_index_in, 2);
     a.rows = q_index_in->size(1);
-    q_index = check_index("q_index", *q_index_in, a.batch, a.rows, false);
+    q_index = check_index("q_index", *q_index_in, q, a.rows, false);
     check_range("q_index", q_index, q.size(2));
     a.q_index = q_index.const_data_ptr<int64_t>();
   }
@@ -123,18 +129,23 @@ std::tuple<at::Tensor, at::Tensor> attention_cpu(
   if (lse.numel()) {
     a.out = out.mutable_data_ptr();
     a.lse = lse.mutable_data_ptr<float>();
-    // The one allocation besides the outputs: K and V of the head in work, repacked once per head
-    // for all its query tiles, and the tiles themselves; per thread, so linear in T, not in S * T.
-    a.threads = std::min<int64_t>(at::get_num_threads(), a.batch * a.heads * ((a.rows + 7) / 8));
-    int64_t floats = a.threads * AttentionScratch(a).total;
-    at::Tensor scratch = at::empty({floats + 16}, lse.options());
-    auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr<float>());
-    a.scratch = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    FASTDIFF_CALL_KERNEL(attention, a);
+    at::Tensor scratch;
+    if (!on_gpu(q)) {
+      // The one allocation besides the outputs: K and V of the head in work, repacked once per head
+      // for all its query tiles, and the tiles themselves; per thread, so linear in T, not in S *
+      // T.
+      a.threads = std::min<int64_t>(at::get_num_threads(), a.batch * a.heads * ((a.rows + 7) / 8));
+      int64_t floats = a.threads * AttentionScratch(a).total;
+      scratch = at::empty({floats + 16}, lse.options());
+      auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr<float>());
+      a.scratch = reinterpret_cast<float*>((address + 63) / 64 * 64);
+    }
+    FASTDIFF_RUN(attention, a, q);
   }
   return {out.transpose(1, 2), lse};
 }
 
 }  // namespace fastdiff
 
-TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("attention", &fastdiff::attention_cpu); }
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("attention", &fastdiff::attention); }
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) { m.impl("attention", &fastdiff::attention); }

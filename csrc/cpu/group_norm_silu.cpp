@@ -28,7 +28,7 @@ struct Call {
   const void* parameter(const char* name, const Optional& t, const at::Tensor& x,
                         at::IntArrayRef need) {
     if (!t) return nullptr;
-    check_cpu(op, name, *t);
+    check_device(op, name, *t, x);
     check_dtype(op, name, *t, x.scalar_type());
     check_sizes(op, name, *t, need);
     return (kept[count++] = unit_last(*t) ? *t : t->contiguous()).const_data_ptr();
@@ -38,7 +38,7 @@ struct Call {
   at::Tensor input(const at::Tensor& x_in, int64_t num_groups, const Optional& weight,
                    const Optional& bias, const Optional& shift, const Optional& scale, double eps,
                    bool silu) {
-    check_cpu(op, "x", x_in);
+    check_runs(op, "x", x_in);
     TORCH_CHECK(x_in.dim() >= 2, op, ": x has shape ", x_in.sizes(),
                 ", need at least 2 dimensions");
     args.dtype = dtype_of(op, "x", x_in);
@@ -64,12 +64,12 @@ struct Call {
   }
 };
 
-at::Tensor group_norm_silu_cpu(const at::Tensor& x, int64_t num_groups, const Optional& weight,
-                               const Optional& bias, const Optional& shift, const Optional& scale,
-                               double eps, bool silu) {
+at::Tensor group_norm_silu(const at::Tensor& x, int64_t num_groups, const Optional& weight,
+                           const Optional& bias, const Optional& shift, const Optional& scale,
+                           double eps, bool silu) {
   Call call{"group_norm_silu"};
   at::Tensor y = call.input(x, num_groups, weight, bias, shift, scale, eps, silu);
-  if (call.args.P) FASTDIFF_CALL_KERNEL(group_norm_silu, call.args);
+  if (call.args.P) FASTDIFF_RUN(group_norm_silu, call.args, x);
   return call.channels_back(y);
 }
 
@@ -96,6 +96,8 @@ std::tuple<at::Tensor, at::Tensor> group_norm_silu_backward_cpu(
 }  // namespace fastdiff
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
-  m.impl("group_norm_silu", &fastdiff::group_norm_silu_cpu);
+  m.impl("group_norm_silu", &fastdiff::group_norm_silu);
   m.impl("group_norm_silu_backward", &fastdiff::group_norm_silu_backward_cpu);
 }
+
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) { m.impl("group_norm_silu", &fastdiff::group_norm_silu); }

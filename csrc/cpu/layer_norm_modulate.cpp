@@ -22,7 +22,7 @@ struct Call {
   }
 
   void input(const at::Tensor& x) {
-    check_cpu(op, "x", x);
+    check_runs(op, "x", x);
     check_dim(op, "x", x, 3);
     args.dtype = dtype_of(op, "x", x);
     args.B = x.size(0), args.N = x.size(1), args.D = x.size(2);
@@ -32,7 +32,7 @@ struct Call {
 
   void modulation(const char* name, const Optional& m, const at::Tensor& x, Modulation& to) {
     if (!m) return;
-    check_cpu(op, name, *m);
+    check_device(op, name, *m, x);
     check_dtype(op, name, *m, x.scalar_type());
     const bool per_token = m->dim() == 3;
     if (per_token) {
@@ -56,7 +56,7 @@ struct Call {
 
   void vector(const char* name, const Optional& w, const at::Tensor& x, const void*& to) {
     if (!w) return;
-    check_cpu(op, name, *w);
+    check_device(op, name, *w, x);
     check_dtype(op, name, *w, x.scalar_type());
     check_sizes(op, name, *w, {args.D});
     to = keep(*w).const_data_ptr();
@@ -80,32 +80,31 @@ struct Forward : Call<LayerNormModulateArgs> {
     args.rms = rms;
   }
 
-  void run() {
-    if (args.B && args.N && args.D) FASTDIFF_CALL_KERNEL(layer_norm_modulate, args);
+  void run(const at::Tensor& x) {
+    if (x.numel()) FASTDIFF_RUN(layer_norm_modulate, args, x);
   }
 };
 
-at::Tensor layer_norm_modulate_cpu(const at::Tensor& x, const Optional& shift,
-                                   const Optional& scale, const Optional& weight,
-                                   const Optional& bias, double eps, bool rms) {
+at::Tensor layer_norm_modulate(const at::Tensor& x, const Optional& shift, const Optional& scale,
+                               const Optional& weight, const Optional& bias, double eps, bool rms) {
   Forward call{{"layer_norm_modulate"}};
   call.input(x);
   call.norm(x, shift, scale, weight, bias, eps, rms);
   at::Tensor m = call.output(x, call.args.modulated);
-  call.run();
+  call.run(x);
   return m;
 }
 
-at::Tensor gate_residual_cpu(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate) {
+at::Tensor gate_residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate) {
   Forward call{{"gate_residual"}};
   call.input(x);
   call.residual(x, y, gate);
   at::Tensor r = call.output(x, call.args.residual);
-  call.run();
+  call.run(x);
   return r;
 }
 
-std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate_cpu(
+std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const Optional& shift,
     const Optional& scale, const Optional& weight, const Optional& bias, double eps, bool rms) {
   Forward call{{"gate_residual_norm_modulate"}};
@@ -113,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate_cpu(
   call.residual(x, y, gate);
   call.norm(x, shift, scale, weight, bias, eps, rms);
   at::Tensor r = call.output(x, call.args.residual), m = call.output(x, call.args.modulated);
-  call.run();
+  call.run(x);
   return {r, m};
 }
 
@@ -150,8 +149,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_modulate_backward_cpu(
 }  // namespace fastdiff
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
-  m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate_cpu);
-  m.impl("gate_residual", &fastdiff::gate_residual_cpu);
-  m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate_cpu);
+  m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate);
+  m.impl("gate_residual", &fastdiff::gate_residual);
+  m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate);
   m.impl("layer_norm_modulate_backward", &fastdiff::layer_norm_modulate_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
+  m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate);
+  m.impl("gate_residual", &fastdiff::gate_residual);
+  m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate);
 }

@@ -126,7 +126,7 @@ def _native_why_not(
     q_index: Tensor | None,
     return_lse: bool,
 ) -> str | None:
-    return why_not_native(q, k, v, bias) or refuse_grad(q, k, v, bias, table)
+    return why_not_native(q, k, v, bias, gpu="attention") or refuse_grad(q, k, v, bias, table)
 
 
 def _triton_why_not(

@@ -61,7 +61,7 @@ def group_norm_silu_ref(
 
 
 def _native_why_not(x, num_groups, weight, bias, shift, scale, eps, silu) -> str | None:
-    return why_not_native(x, weight, bias, shift, scale)
+    return why_not_native(x, weight, bias, shift, scale, gpu="group_norm_silu")
 
 
 def _triton_why_not(x, num_groups, weight, bias, shift, scale, eps, silu) -> str | None:
