@@ -1,6 +1,6 @@
 """Build fastdiff._C: one extension, its CPU kernels compiled once per instruction set.
 
-``csrc/ops.cpp``, ``gpu.cpp`` and ``cpu/<op>.cpp`` are host code (torch headers, baseline flags);
+``csrc/*.cpp`` and ``csrc/cpu/<op>.cpp`` are host code (torch headers, baseline flags);
 ``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
 of ``LEVELS`` into its own namespace, so that the linker can never merge code of two levels.
 ``csrc/cuda/*.cu`` become fastdiff/_cuda.so where there is nvcc: a library of its own without torch,
@@ -156,7 +156,7 @@ def extension():
             with ThreadPoolExecutor(jobs) as pool:
                 return list(pool.map(one, sorted(HERE.glob("csrc/cpu/*_kernel.cpp"))))
 
-    host = ["csrc/ops.cpp", "csrc/gpu.cpp"]
+    host = ["csrc/ops.cpp", "csrc/gpu_library.cpp"]
     host += [
         str(p.relative_to(HERE))
         for p in sorted(HERE.glob("csrc/cpu/*.cpp"))

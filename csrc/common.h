@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/level.h"
-#include "gpu.h"
+#include "gpu_library.h"
 
 namespace fastdiff {
 

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cpu/level.h"
-#include "gpu.h"
+#include "gpu_library.h"
 
 TORCH_LIBRARY(fastdiff, m) {
   // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. ->

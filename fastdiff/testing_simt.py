@@ -35,7 +35,7 @@ class _Counters(ctypes.Structure):
 
 
 def build(folder: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path] = ()) -> Path:
-    """Compile kernels (all of csrc/cuda by default) for the model; ``flags`` may ask for sanitizers.
+    """Compile kernels (all of csrc/cuda by default) for the model; ``flags``: sanitizers and such.
 
     The runtime beneath is never instrumented: what it moves for a kernel is no access of the
     kernel. Raises RuntimeError with the compiler's words.

@@ -70,7 +70,7 @@ def tree(tmp_path_factory):
 def native_tests():
     """Test files of ops that have C++ kernels."""
     stems = sorted(p.name.removesuffix("_kernel.cpp") for p in ROOT.glob("csrc/cpu/*_kernel.cpp"))
-    return [f"tests/ops/test_{stem}.py" for stem in stems]
+    return [f"tests/ops/test_{stem}.py" for stem in stems if not stem.endswith("_backward")]
 
 
 @pytest.mark.parametrize("file", native_tests())
@@ -96,7 +96,7 @@ def test_control_planted_read_past_the_end(tree):
     assert run(tree, "-c", call).returncode == 0
     path = tree / "csrc" / "cpu" / "gelu_tanh_kernel.cpp"
     text = path.read_text()
-    mutant = text.replace("Vec h = Vec::load(x + i, n);", "Vec h = Vec::load(x + i);")
+    mutant = text.replace("Vec h = part.load(x + i);", "Vec h = Vec::load(x + i);")
     assert mutant != text
     try:
         path.write_text(mutant)

@@ -109,7 +109,8 @@ def _triton_why_not(x: Tensor, *args: Any) -> str | None:
 def _rows(op: str, ref: Callable[..., Any]) -> tuple[Impl, ...]:
     def native_why_not(*args: Any) -> str | None:
         tensors = [t for t in args if isinstance(t, Tensor)]
-        return why_not_native(*tensors, gpu="layer_norm_modulate") or (no_backward(op, args) if needs_grad(*tensors) else None)
+        reason = why_not_native(*tensors, gpu="layer_norm_modulate")
+        return reason or (no_backward(op, args) if needs_grad(*tensors) else None)
 
     return (
         Impl("native", native(op), native_why_not),

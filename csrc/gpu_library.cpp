@@ -1,4 +1,4 @@
-#include "gpu.h"
+#include "gpu_library.h"
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>

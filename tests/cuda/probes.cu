@@ -1,0 +1,133 @@
+// Kernels with a planted fault each, and their controls: what the model must find, and must not.
+#include "gpu.h"
+
+namespace {
+
+__global__ void neighbour(float* x, int n, bool barrier) {
+  GPU_SHARED(float, s);
+  s[threadIdx.x] = float(threadIdx.x);
+  if (barrier) __syncthreads();
+  x[threadIdx.x] = s[(int(threadIdx.x) + 1) % n];
+}
+
+__global__ void lanes(float* x, bool order) {
+  GPU_SHARED(float, s);
+  s[threadIdx.x] = 1.0f;
+  if (order) __syncwarp();
+  x[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+
+__global__ void divergent(float* x) {
+  if (threadIdx.x < 32) __syncthreads();
+  x[threadIdx.x] = 1.0f;
+}
+
+__global__ void left(float* x, int n) {
+  if (int(threadIdx.x) >= n) return;
+  __syncthreads();
+  x[threadIdx.x] = 1.0f;
+}
+
+__global__ void lanes_apart(float* x) {
+  float v = 1.0f;
+  if (threadIdx.x < 16) {
+    v = __shfl_xor_sync(gpu::kAll, v, 1);
+  } else {
+    v = __shfl_xor_sync(gpu::kAll, v, 2);
+  }
+  x[threadIdx.x] = v;
+}
+
+__global__ void wrong_mask(float* x) {
+  x[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, float(threadIdx.x), 1);
+}
+
+__global__ void outside_mask(float* x) {
+  if (threadIdx.x < 16) x[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, float(threadIdx.x), 16);
+}
+
+__global__ void past_shared(float* x, int n) {
+  GPU_SHARED(float, s);
+  s[threadIdx.x + n] = 0.0f;
+  __syncthreads();
+  x[threadIdx.x] = s[threadIdx.x];
+}
+
+__global__ void unset_shared(float* x) {
+  GPU_SHARED(float, s);
+  x[threadIdx.x] = s[threadIdx.x];
+}
+
+__global__ void copied(float* x, const float* from, bool wait) {
+  GPU_SHARED(float, s);
+  gpu::cp_async16(s + 4 * threadIdx.x, from + 4 * threadIdx.x);
+  gpu::cp_async_commit();
+  if (wait) gpu::cp_async_wait<0>();
+  x[threadIdx.x] = s[4 * threadIdx.x + 1];
+}
+
+__global__ void uncommitted(float* x) {
+  GPU_SHARED(float, s);
+  gpu::cp_async16(s + 4 * threadIdx.x, x);
+}
+
+__global__ void misaligned(float* x) {
+  GPU_SHARED(float, s);
+  gpu::cp_async16(s + threadIdx.x, x);
+  gpu::cp_async_commit();
+  gpu::cp_async_wait<0>();
+}
+
+__global__ void blocks_race(float* x) {
+  if (threadIdx.x == 0) x[0] = float(blockIdx.x);
+}
+
+__global__ void blocks_add(float* x) {
+  if (threadIdx.x == 0) atomicAdd(x, 1.0f);
+}
+
+// Row i of a 16 x 16 matrix of i's through ldmatrix: conflict-free where rows are 24 apart.
+__global__ void matrix(float* x, int stride) {
+  GPU_SHARED(gpu::bf16, s);
+  for (int i = threadIdx.x; i < 256; i += 32)
+    s[i / 16 * stride + i % 16] = gpu::from_float<gpu::bf16>(float(i / 16));
+  __syncwarp();
+  unsigned r[4];
+  const int lane = int(threadIdx.x);
+  gpu::ldmatrix_x4<false>(r, s + lane % 16 * stride + lane / 16 * 8);
+  float d[4] = {0, 0, 0, 0};
+  unsigned one;
+  const gpu::bf16 pair[2] = {gpu::from_float<gpu::bf16>(1.0f), gpu::from_float<gpu::bf16>(1.0f)};
+  memcpy(&one, pair, 4);
+  gpu::mma_16816<gpu::bf16>(d, r, one, one);  // every column: 16 times the row's number
+  for (int e = 0; e < 4; ++e) x[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = d[e];
+}
+
+}  // namespace
+
+#define PROBE(name, kernel, blocks, threads, shared, ...)                                 \
+  extern "C" int probe_##name(float* x, float* y) {                                       \
+    (void)y;                                                                              \
+    return GPU_LAUNCH(kernel, dim3(blocks), dim3(threads), shared, nullptr, __VA_ARGS__); \
+  }
+PROBE(barrier, neighbour, 1, 64, 256, x, 64, true)
+PROBE(no_barrier, neighbour, 1, 64, 256, x, 64, false)
+PROBE(warp_ordered, lanes, 1, 32, 128, x, true)
+PROBE(warp_unordered, lanes, 1, 32, 128, x, false)
+PROBE(divergent, divergent, 1, 64, 0, x)
+PROBE(left, left, 1, 64, 0, x, 40)
+PROBE(lanes_apart, lanes_apart, 1, 32, 0, x)
+PROBE(wrong_mask, wrong_mask, 1, 32, 0, x)
+PROBE(outside_mask, outside_mask, 1, 32, 0, x)
+PROBE(past_shared, past_shared, 1, 64, 256, x, 1)
+PROBE(unset_shared, unset_shared, 1, 64, 256, x)
+PROBE(copied, copied, 1, 16, 256, x, y, true)
+PROBE(copied_without_wait, copied, 1, 16, 256, x, y, false)
+PROBE(uncommitted, uncommitted, 1, 8, 128, x)
+PROBE(misaligned, misaligned, 1, 8, 128, x)
+PROBE(blocks_race, blocks_race, 4, 32, 0, x)
+PROBE(blocks_add, blocks_add, 4, 32, 0, x)
+PROBE(matrix, matrix, 1, 32, 16 * 24 * 2, x, 24)
+PROBE(matrix_with_conflicts, matrix, 1, 32, 16 * 64 * 2, x, 64)
+PROBE(too_many_threads, unset_shared, 1, 2048, 8192, x)
+PROBE(too_much_shared, unset_shared, 1, 32, 256 * 1024, x)

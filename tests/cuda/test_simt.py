@@ -1,0 +1,141 @@
+"""The model itself: planted faults are found, by it or by a sanitizer, and controls pass."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import testing_simt
+
+PROBES = Path(__file__).with_name("probes.cu")
+SANITIZERS = {
+    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+CALL = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.simt_mode(ctypes.c_uint64(0), True, False)
+x, y = (ctypes.c_float * 4096)(), (ctypes.c_float * 4096)()
+at = [(ctypes.addressof(a) + 15) // 16 * 16 for a in (x, y)]
+sys.exit(getattr(library, "probe_" + sys.argv[2])(*map(ctypes.c_void_p, at)))
+"""
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory):
+    path = testing_simt.build(tmp_path_factory.mktemp("plain"), sources=[PROBES])
+    library = ctypes.CDLL(str(path))
+    library.simt_error.restype = ctypes.c_char_p
+    library.simt_counters.restype = testing_simt._Counters
+    library.simt_mode.argtypes = [ctypes.c_uint64, ctypes.c_bool, ctypes.c_bool]
+    return library
+
+
+def run(library, name, mode=(0, False, False)):
+    """(error code, sentence, what the probe wrote)."""
+    library.simt_mode(*mode)
+    x, y = torch.zeros(1024), torch.arange(1024.0)
+    code = getattr(library, f"probe_{name}")(*(ctypes.c_void_p(t.data_ptr()) for t in (x, y)))
+    return code, library.simt_error().decode(), x
+
+
+@pytest.mark.parametrize("mode", testing_simt.MODES)
+def test_controls(probes, mode):
+    code, words, x = run(probes, "barrier", mode)
+    assert code == 0 and not words and x[:64].tolist() == [*range(1, 64), 0]
+    assert run(probes, "blocks_add", mode)[2][0] == 4
+    assert run(probes, "copied", mode)[2][:16].tolist() == list(range(1, 64, 4))
+    assert run(probes, "warp_ordered", mode)[2][:32].tolist() == [1.0] * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("divergent", "__syncthreads"),
+        ("left", "__syncthreads"),
+        ("lanes_apart", "different collectives"),
+        ("wrong_mask", "mask leaves it out"),
+        ("outside_mask", "outside its mask"),
+        ("past_shared", "past its end"),
+        ("uncommitted", "never committed"),
+        ("misaligned", "not 16-byte aligned"),
+        ("too_many_threads", "outside what a GPU takes"),
+        ("too_much_shared", "outside what a GPU takes"),
+    ],
+)
+def test_faults_that_the_model_reports(probes, name, words):
+    code, said, _ = run(probes, name)
+    assert code != 0 and words in said, said
+
+
+def test_shared_memory_starts_as_nan(probes):
+    assert run(probes, "unset_shared")[2][:64].isnan().all()
+
+
+def test_a_copy_lands_no_sooner_than_its_wait(probes):
+    assert run(probes, "copied_without_wait", (0, False, False))[2][:16].isnan().all()
+    assert run(probes, "copied_without_wait", (0, False, True))[2][1] == 5  # may land at once
+
+
+def test_matrices_and_bank_conflicts(probes):
+    want = 16.0 * torch.arange(16.0)[:, None].expand(16, 8)
+    for name, conflicts in (("matrix", 0), ("matrix_with_conflicts", 28)):
+        probes.simt_counters()
+        assert torch.equal(run(probes, name)[2][:128].view(16, 8), want)
+        seen = probes.simt_counters()
+        assert (seen.ldmatrix, seen.mma, seen.bank_conflicts) == (1, 1, conflicts)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    return {
+        name: testing_simt.build(tmp_path_factory.mktemp(name), flags, [PROBES])
+        for name, flags in SANITIZERS.items()
+    }
+
+
+def run_sanitized(sanitizer, *command):
+    """Run Python with the sanitizer's runtime loaded first."""
+    cxx = os.environ.get("CXX", "g++")
+    find = [[cxx, f"-print-file-name={name}"] for name in RUNTIMES[sanitizer]]
+    preload = [subprocess.run(f, capture_output=True, text=True).stdout.strip() for f in find]
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "exitcode=66",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "name", "finds"),
+    [
+        ("address", "barrier", None),
+        ("address", "matrix", None),
+        ("address", "past_shared", "AddressSanitizer"),
+        ("thread", "barrier", None),
+        ("thread", "warp_ordered", None),
+        ("thread", "copied", None),
+        ("thread", "matrix", None),
+        ("thread", "blocks_add", None),
+        ("thread", "no_barrier", "data race"),
+        ("thread", "warp_unordered", "data race"),
+        ("thread", "blocks_race", "data race"),
+    ],
+)
+def test_what_sanitizers_find(sanitized, sanitizer, name, finds):
+    done = run_sanitized(sanitizer, "-c", CALL, str(sanitized[sanitizer]), name)
+    if finds is None:
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert done.returncode != 0 and finds in done.stderr, done.stderr[-3000:]
