@@ -45,11 +45,21 @@ def build(folder: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path]
     base += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
     runtime, out = folder / "runtime.o", folder / "simt.so"
     kernels = [str(p) for p in sources or sorted(CSRC.glob("cuda/*.cu"))]
-    together = folder / "kernels.cpp"  # one unit: headers are read once
-    together.write_text("".join(f'#include "{path}"\n' for path in kernels))
     for command in (
         [*base, "-O2", "-c", str(CSRC / "simt" / "runtime.cpp"), "-o", str(runtime)],
-        [*base, *flags, "-shared", str(together), str(runtime), "-o", str(out)],
+        [
+            *base,
+            *flags,
+            "-shared",
+            "-x",
+            "c++",
+            *kernels,
+            "-x",
+            "none",
+            str(runtime),
+            "-o",
+            str(out),
+        ],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
