@@ -60,7 +60,8 @@ class DiT(nn.Module):
     """Class-conditional diffusion transformer.
 
     Args:
-        input_size: height and width of the stored position table; other sizes work at call time.
+        input_size: height and width of the stored position table; other sizes work at call time,
+            from a table on the host, so not in a captured step.
         patch_size: 2, 4 or 8 (any divisor of the input).
         in_channels: C of the input.
         hidden_size: width D, a multiple of 4 and of ``num_heads``.
