@@ -26,6 +26,12 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 # copies landing late or at once.
 MODES = tuple((order, greedy, eager) for order in (0, 1, 2, 3) for greedy, eager in
               ((False, False), (True, True), (False, True), (True, False)))  # fmt: skip
+# Flags of build(), and what Python must be started with for such a library to load.
+SANITIZERS = {
+    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+_RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 COUNTERS = ("threads", "switches", "barriers", "collectives", "copies", "ldmatrix", "mma",
             "bank_conflicts")  # fmt: skip
 
@@ -67,6 +73,24 @@ def build(folder: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path]
     return out
 
 
+def sanitizer_environment(name: str) -> dict[str, str]:
+    """The environment in which Python loads a library that was built with ``SANITIZERS[name]``."""
+    cxx = os.environ.get("CXX", "g++")
+    found = [
+        subprocess.run(
+            [cxx, f"-print-file-name={file}"], capture_output=True, text=True, check=True
+        )
+        for file in _RUNTIMES[name]
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(done.stdout.strip() for done in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, by design
+        "TSAN_OPTIONS": "exitcode=66",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def _digest() -> str:
     paths = [*CSRC.glob("cuda/*"), *CSRC.glob("simt/*"), *CSRC.glob("cpu/*.h")]
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(paths))).hexdigest()[:16]
@@ -74,9 +98,15 @@ def _digest() -> str:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The model with all kernels, loaded into the extension; built once for these sources."""
+    """The model with all kernels, loaded into the extension; built once for these sources.
+
+    ``FASTDIFF_SIMT`` names a library that :func:`build` made, to be taken instead.
+    """
     if _native._C is None:
         raise RuntimeError(f"testing_simt: {_native.load_error}")
+    given = os.environ.get("FASTDIFF_SIMT")
+    if given:
+        return load(Path(given))
     folder = Path(tempfile.gettempdir()) / f"fastdiff-simt-{os.getuid()}-{_digest()}"
     path = folder / "simt.so"
     if not path.exists():

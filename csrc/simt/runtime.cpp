@@ -98,7 +98,7 @@ SimtCounters counters{};
 std::string error;
 Block* block = nullptr;
 Fiber* current = nullptr;
-unsigned char ended;  // address by which TSan learns that a launch is over
+unsigned char began, ended;  // addresses by which TSan learns that a block begins, a launch ends
 
 // Byte by byte, so that no sanitizer sees it: what the model moves for a kernel is no access of it.
 void move(void* to, const void* from, size_t n) {
@@ -137,6 +137,7 @@ void to_launch() {
 void entry() {
   if (__sanitizer_finish_switch_fiber)
     __sanitizer_finish_switch_fiber(nullptr, &block->bottom, &block->bottom_size);
+  acquire(&began);
   block->body(block->context);
   if (!current->open.empty()) simt_fail("cp.async was never committed", 0);
   current->state = State::kDone;
@@ -177,8 +178,10 @@ void start(Fiber& fiber) {
   *--top = reinterpret_cast<void*>(&entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
-  fiber.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
 }
+
+// TSan's fibers, made once: it slows down and stops after some tens of thousands of them.
+std::vector<void*> tsan_fibers;
 
 // Whole warps in random order, and the lanes of each.
 void shuffle(std::vector<int>& order, std::mt19937_64& random) {
@@ -505,15 +508,17 @@ int simt_launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*
     f.thread.block_dim = threads, f.thread.grid_dim = grid;
     here.order[i] = int(mode_order == 1 ? n - 1 - i : i);
   }
-  // TSan forgets what it knows of memory that is unmapped, so that blocks do not seem to race for
-  // stacks and shared memory; for everything else blocks have no order.
-  const bool fresh = __tsan_create_fiber != nullptr;
-  unsigned char* stacks = fresh ? nullptr : map(n * kStack);
+  // A block's threads use the stacks and TSan fibers of the block before, 37 further on: only
+  // what those pairs did has an order for TSan, and all else of two blocks may be found to race.
+  // Shared memory is mapped anew, because TSan forgets what it knows of memory that is unmapped.
+  unsigned char* stacks = map(n * kStack);
+  while (__tsan_create_fiber && tsan_fibers.size() < n)
+    tsan_fibers.push_back(__tsan_create_fiber(0));
+  size_t turned = 0;
   for (unsigned z = 0; z < grid.z && !here.failed; ++z)
     for (unsigned y = 0; y < grid.y && !here.failed; ++y)
       for (unsigned x = 0; x < grid.x && !here.failed; ++x) {
         if (mode_order > 1) shuffle(here.order, random);
-        if (fresh) stacks = map(n * kStack);
         unsigned char *shared = map(shared_bytes + kFence), *fence = shared + shared_bytes;
         std::fill(shared, fence, 0xff);  // NaN in every float type
         std::fill(fence, fence + kFence, 0xa5);
@@ -524,23 +529,28 @@ int simt_launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*
           Fiber& f = here.fibers[i];
           f.thread.block = dim3(x, y, z);
           f.thread.shared = shared;
-          f.stack = stacks + i * kStack;
+          const size_t own = (i + turned) % n;
+          f.stack = stacks + own * kStack;
+          f.tsan = __tsan_create_fiber ? tsan_fibers[own] : nullptr;
           start(f);
         }
+        turned += 37;
         counters.threads += n;
+        release(&began);
         run_block();
         if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fence, kFence);
         if (!here.failed && std::count(fence, fence + kFence, 0xa5) != int(kFence)) {
           error = "shared memory was written past its end";
           here.failed = true;
         }
-        if (__tsan_destroy_fiber)
-          for (Fiber& f : here.fibers) __tsan_destroy_fiber(f.tsan);
         munmap(shared, shared_bytes + kFence);
-        if (fresh) munmap(stacks, n * kStack);
       }
   acquire(&ended);
-  if (!fresh) munmap(stacks, n * kStack);
+  munmap(stacks, n * kStack);
+  if (here.failed && __tsan_destroy_fiber) {  // they stopped in the middle of a kernel
+    for (void* fiber : tsan_fibers) __tsan_destroy_fiber(fiber);
+    tsan_fibers.clear();
+  }
   block = nullptr, current = nullptr, simt_current = nullptr;
   return here.failed ? kLaunchFailure : 0;
 }

@@ -1,7 +1,6 @@
 """The model itself: planted faults are found, by it or by a sanitizer, and controls pass."""
 
 import ctypes
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,6 @@ import torch
 from fastdiff import testing_simt
 
 PROBES = Path(__file__).with_name("probes.cu")
-SANITIZERS = {
-    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-O1", "-fsanitize=thread"),
-}
-RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 CALL = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -96,25 +90,8 @@ def test_matrices_and_bank_conflicts(probes):
 def sanitized(tmp_path_factory):
     return {
         name: testing_simt.build(tmp_path_factory.mktemp(name), flags, [PROBES])
-        for name, flags in SANITIZERS.items()
+        for name, flags in testing_simt.SANITIZERS.items()
     }
-
-
-def run_sanitized(sanitizer, *command):
-    """Run Python with the sanitizer's runtime loaded first."""
-    cxx = os.environ.get("CXX", "g++")
-    find = [[cxx, f"-print-file-name={name}"] for name in RUNTIMES[sanitizer]]
-    preload = [subprocess.run(f, capture_output=True, text=True).stdout.strip() for f in find]
-    env = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "exitcode=66",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +111,13 @@ def run_sanitized(sanitizer, *command):
     ],
 )
 def test_what_sanitizers_find(sanitized, sanitizer, name, finds):
-    done = run_sanitized(sanitizer, "-c", CALL, str(sanitized[sanitizer]), name)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, str(sanitized[sanitizer]), name],
+        env=testing_simt.sanitizer_environment(sanitizer),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if finds is None:
         assert done.returncode == 0, done.stderr[-3000:]
     else:

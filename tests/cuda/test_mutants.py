@@ -1,0 +1,75 @@
+"""How many planted bugs of the CUDA kernels the model's tests find, and under which build.
+
+Each kernel as it is must pass its tests in all three builds: plain, address + undefined, thread.
+Each mutant should fail in one of them. Misses are named; nine of ten must be found.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff import testing_simt
+
+HERE, CUDA = Path(__file__).parent, testing_simt.CSRC / "cuda"
+OPS = sorted(p.stem.removeprefix("mutants_") for p in HERE.glob("mutants_*.py"))
+BUILDS = {"plain": ("-O1",), **testing_simt.SANITIZERS}
+ORDER = ("plain", "thread", "address")  # cheapest first
+pytestmark = pytest.mark.slow
+
+
+def mutants(op):
+    path = HERE / f"mutants_{op}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MUTANTS
+
+
+def passes(op, source, build, folder):
+    """Whether the op's tests pass on kernels of ``source`` in a build; the last words if not."""
+    folder.mkdir()
+    path = folder / f"{op}.cu"
+    path.write_text(source)
+    library = testing_simt.build(folder, BUILDS[build], [path, CUDA / "library.cu"])
+    env = dict(os.environ) if build == "plain" else testing_simt.sanitizer_environment(build)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(HERE / f"test_{op}.py")],
+        env={**env, "FASTDIFF_SIMT": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    return done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("op", OPS)
+def test_control(op, build, tmp_path):
+    good, words = passes(op, (CUDA / f"{op}.cu").read_text(), build, tmp_path / "control")
+    assert good, words
+
+
+def test_nine_of_ten_mutants_are_found(tmp_path, capsys):
+    found, missed = [], []
+    for op in OPS:
+        text = (CUDA / f"{op}.cu").read_text()
+        for i, (name, old, new) in enumerate(mutants(op)):
+            assert text.count(old) == 1, (
+                f"{op}: {name}: the text stands there {text.count(old)} times"
+            )
+            mutant = text.replace(old, new)
+            for build in ORDER:
+                if not passes(op, mutant, build, tmp_path / f"{op}-{i}-{build}")[0]:
+                    found.append(f"{op}: {name} ({build})")
+                    break
+            else:
+                missed.append(f"{op}: {name}")
+    with capsys.disabled():
+        print(f"\n{len(found)} of {len(found) + len(missed)} found; missed: {missed or 'none'}")
+        print("\n".join(found))
+    assert len(found) >= 25 and len(found) >= 0.9 * (len(found) + len(missed)), missed
