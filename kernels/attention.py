@@ -13,21 +13,38 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-# Chosen by compiling for sm_80 and sm_90 (triton 3.9), not by timing: only the last spills
-# registers at its head dims (float32 above 64); at most 96 KiB of shared memory on sm_80.
+from fastdiff.kernels import INTERPRET
+
+# Chosen by compiling (triton 3.9), not by timing: no call of fastdiff/gpu_cases.py spills registers
+# on sm_80, sm_90, sm_100, sm_120 or gfx942, or has a block above 96 KiB of shared memory.
 CONFIGS = [
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),
+    triton.Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8, num_stages=1),
 ]
 
 
-def _config(dtype: torch.dtype, block_d: int) -> triton.Config:
-    if dtype == torch.float32:
-        return CONFIGS[2 if block_d <= 64 else 3]
-    return CONFIGS[0 if block_d <= 64 else 1 if block_d <= 128 else 2]
+def _on_amd() -> bool:
+    return not INTERPRET and driver.active.get_current_target().backend == "hip"
+
+
+# The largest tile that stays in registers, as an index into CONFIGS. Row: no bias, one per key, one
+# per (row, key); column: head dim up to 64, 128, 256.
+_TILES_16_BIT = ((0, 1, 2), (1, 1, 2), (2, 2, 2))
+_TILES_16_BIT_AMD = ((0, 2, 2), (2, 2, 2), (2, 2, 3))
+_TILES_FLOAT32 = ((2, 3), (3, 4), (3, 4))  # an operand is held twice, as two tf32 numbers
+
+
+def _config(dtype: torch.dtype, block_d: int, bias: str, amd: bool) -> triton.Config:
+    """``bias``: BIAS of the kernel."""
+    half = _TILES_16_BIT_AMD if amd else _TILES_16_BIT
+    tiles: tuple[tuple[int, ...], ...] = _TILES_FLOAT32 if dtype == torch.float32 else half
+    row = tiles[{"none": 0, "key": 1}.get(bias, 2)]
+    return CONFIGS[row[0 if block_d <= 64 else 1 if block_d <= 128 else 2]]
 
 
 @triton.jit
@@ -97,7 +114,8 @@ def _attention_kernel(
         query_group = tl.load(query_group_ptr + b * query_group_b + query, mask=live, other=0)
         inside = inside & (query_group >= 0) & (query_group < query_groups)
         query_group = tl.where(inside, query_group, 0)
-        table_rows = table_ptr + b * table_b + h * table_h + query_group * key_groups
+        table_base = table_ptr + b * table_b + h * table_h
+        table_rows = (query_group * key_groups).to(tl.int32)  # the row refuses larger tables
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -133,9 +151,8 @@ def _attention_kernel(
         if BIAS == "group":
             key_group = tl.load(key_group_base + start + at_t, mask=seen, other=0)
             known = (key_group >= 0) & (key_group < key_groups)
-            bias = tl.load(
-                table_rows[:, None] + key_group[None, :], mask=known[None, :], other=float("nan")
-            )
+            at = table_rows[:, None] + key_group.to(tl.int32)[None, :]
+            bias = tl.load(table_base + at, mask=known[None, :], other=float("nan"))
             score += bias * log2e
         score = tl.where(seen[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
@@ -200,7 +217,8 @@ def attention(
         group_strides = [_broadcast_stride(t, 0) for t in (query_group, key_group)]
         table_strides = [_broadcast_stride(table, i) for i in range(2)]
     block_d = max(16, triton.next_power_of_2(dim))
-    config = config or _config(q.dtype, block_d)
+    amd = _on_amd()
+    config = config or _config(q.dtype, block_d, kind, amd)
     grid = (batch * heads * triton.cdiv(rows, config.kwargs["BLOCK_M"]),)
     _attention_kernel[grid](
         q, k, v, out, lse,
@@ -217,7 +235,7 @@ def attention(
         0 if table is None else table.shape[3],
         DIM=dim, BIAS=kind, HAS_LENGTHS=key_lengths is not None, HAS_INDEX=q_index is not None,
         # Three tf32 products keep float32's bits on tensor cores, where plain float32 runs on none.
-        PRECISION="ieee" if torch.version.hip else "tf32x3",
+        PRECISION="ieee" if amd else "tf32x3",
         BLOCK_D=block_d, **config.kwargs,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

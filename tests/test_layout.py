@@ -25,9 +25,14 @@ FLOORS = (
         "accelerate",
         "cli",
         "cli_sample",
+        "gpu_cases",
+        "gpu_code",
+        "gpu_limits",
         "info",
+        "info_kernels",
         "testing",
         "testing_compile",
+        "testing_cuda",
         "testing_simt",
         "testing_triton",
         "fastdiff",
@@ -108,6 +113,15 @@ def test_mirror_files(stem):
     for op, (table, _) in tables.items():
         assert table[-1].name == "ref", f"{op}: the last row is {table[-1].name}, need ref"
         assert op in ops.__all__, f"{op} is not exported by fastdiff.ops"
+
+
+@pytest.mark.parametrize("path", sources("kernels")[1:], ids=lambda p: p.stem)
+def test_every_triton_configuration_is_run(path):
+    """By the op's test: each launcher takes `config`, and nothing is tuned out of tests' sight."""
+    text = path.read_text()
+    assert "autotune" not in text and re.search(r"^CONFIGS = \[", text, re.M), path.name
+    test = (ROOT / "tests" / "ops" / f"test_{path.stem}.py").read_text()
+    assert "testing.run_configs(" in test and "CONFIGS" in test, f"{path.name}: not in its test"
 
 
 def test_no_orphan_files():

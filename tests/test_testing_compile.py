@@ -2,16 +2,29 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from fastdiff.gpu_cases import cases
+from fastdiff.gpu_limits import BLOCK_SHARED
 
 pytest.importorskip("triton")
-# What a block may have on the least of the targets (sm_86, sm_89; sm_80 has 163 KiB, sm_90 227).
-SHARED = 99 << 10
-# Bytes of registers spilled per thread: a few cost nothing, a tile far too large has kilobytes.
-SPILLED = 128
+ROOT = Path(__file__).parents[1]
+# The tensor-core instruction that a product of 16-bit numbers must become.
+TENSOR = {
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx942": "v_mfma",
+}
 
 
 def compiled(*args):
@@ -22,19 +35,57 @@ def compiled(*args):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {report["kernel"] for report in reports}
-    assert kernels >= {"attention_kernel", "geglu_kernel", "fused_step_kernel"}, kernels
-    for report in reports:
-        assert report["shared"] <= SHARED, report
-        assert report["spilled"] <= SPILLED, report
-    return reports
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(report):
+    """No spill, no stack, shared memory that the target has, tensor cores for every product."""
+    assert report["spills"] == 0 and report["stack"] == 0, report
+    assert report["shared"] <= BLOCK_SHARED[report["target"]], report
+    assert 0 < report["registers"] <= (512 if report["target"].startswith("gfx") else 255), report
+    if report["dot"] and report["dtype"] != "float32":
+        assert report["tensor"] == TENSOR[report["target"]], report
+    elif report["dot"]:  # as three products of tf32, or AMD's of float32
+        assert report["tensor"], report
+    else:
+        assert not report["tensor"], report
+
+
+def every_kernel():
+    """Names of the kernels in kernels/*.py."""
+    return {
+        name
+        for path in ROOT.glob("kernels/*.py")
+        for name in re.findall(r"^def _(\w+_kernel)\(", path.read_text(), re.M)
+    }
 
 
 def test_every_kernel_compiles():
-    assert compiled("sm_80", "--dtype", "bfloat16")
+    reports = compiled("sm_80", "--dtype", "bfloat16")
+    for report in reports:
+        check(report)
+    assert {report["kernel"] for report in reports} == every_kernel()
+    assert {report["kernel"] for report in reports if report["dot"]} == {"attention_kernel"}
+
+
+def test_attention_uses_the_tensor_cores_of_every_target():
+    targets = ("sm_90", "sm_100", "sm_120", "gfx942")
+    reports = compiled(*targets, "--dtype", "bfloat16", "--only", "attention")
+    for report in reports:
+        check(report)
+    assert {report["target"] for report in reports} == set(targets)
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_and_dtype():
-    compiled("sm_80", "sm_89", "sm_90", "--dtype", "bfloat16", "float16", "float32")
+    reports = compiled()
+    for report in reports:
+        check(report)
+    seen = {(r["kernel"], r["target"], r["dtype"]) for r in reports}
+    kinds = [(t, d) for t in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+             for d in ("bfloat16", "float16", "float32")]  # fmt: skip
+    assert seen == {(k, *kind) for k in every_kernel() for kind in kinds}
+    everything = {(d, case.op, case.name) for d in ("bfloat16", "float16", "float32")
+                  for case in cases(getattr(torch, d))}  # fmt: skip
+    refused = everything - {(r["dtype"], r["op"], r["case"]) for r in reports}
+    assert refused == {("float32", "attention", "SD 1.5 2x8x64x160, bias per key")}

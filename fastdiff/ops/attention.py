@@ -33,7 +33,8 @@ from fastdiff.ops._check import (
     wide,
 )
 
-TRITON_MAX_DIM = 256  # of a head: q, k, v and the sums of a tile must fit on one multiprocessor
+# Of a head: above, the smallest tile spills registers (tests/test_testing_compile.py).
+TRITON_MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 class GroupBias(NamedTuple):
@@ -142,9 +143,17 @@ def _triton_why_not(
     q_index: Tensor | None,
     return_lse: bool,
 ) -> str | None:
-    if q.shape[3] > TRITON_MAX_DIM:
-        return f"head dimension {q.shape[3]} is above {TRITON_MAX_DIM}, a tile of which fits a GPU"
-    return why_not_triton(q, k, v, bias) or refuse_grad(q, k, v, bias, table)
+    reason = why_not_triton(q, k, v, bias)
+    if reason is not None:
+        return reason
+    if q.shape[3] > TRITON_MAX_DIM[q.dtype]:
+        return (
+            f"head dimension {q.shape[3]} is above {TRITON_MAX_DIM[q.dtype]}: a tile of {q.dtype} "
+            "would not stay in the registers of a GPU"
+        )
+    if table is not None and table.shape[2] * table.shape[3] >= 2**31:
+        return f"a table of {list(table.shape[2:])} groups has 2**31 entries or more"
+    return refuse_grad(q, k, v, bias, table)
 
 
 def _torch_row(

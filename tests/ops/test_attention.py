@@ -119,6 +119,9 @@ def test_matches_float64(row, dtype):
 def test_head_dims(row, dim):
     for dtype in testing.DTYPES:
         args, kwargs = make((1, 33, 70, dim), dtype, heads=3)
+        if row == "triton" and dtype == torch.float32 and dim > 128:
+            assert f"head dimension {dim} is above 128" in fastdiff.explain(attention, *args)[row]
+            continue
         check(row, args, kwargs, f"{dim} {dtype}")
 
 

@@ -1,0 +1,131 @@
+"""Calls of every op with a GPU kernel at the shapes of real models, for kernels that nothing runs.
+
+Tensors are left uninitialised, and their memory untouched: kernels are compiled for them, or their
+launches recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.ops.fused_step import COLUMNS
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Case(NamedTuple):
+    """``getattr(ops, op)(*args, **kwargs)`` with what ``make`` gives."""
+
+    op: str
+    name: str  # the model and the shape
+    make: Callable[[], Call]
+
+
+def _call(*args: Any, **kwargs: Any) -> Call:
+    return args, kwargs
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """All of them, with tensors of ``dtype``."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def qkv(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        return t(*shape), t(*shape), t(*shape)
+
+    def regions() -> Call:
+        of_row, of_key = (torch.empty(1, 1024, dtype=torch.int64) for _ in range(2))
+        bias = ops.GroupBias(of_row, of_key, torch.empty(1, 16, 4, 4))
+        return _call(*qkv(2, 16, 1024, 72), bias=bias)
+
+    def rope(heads: int, tokens: int, dim: int, half: int, **kwargs: Any) -> Call:
+        table = {"cos": torch.empty(tokens, half), "sin": torch.empty(tokens, half)}
+        return _call(t(1, heads, tokens, dim), t(1, heads, tokens, dim), **table, **kwargs)
+
+    def step(guided: bool) -> Call:
+        x, coef = t(2, 4, 128, 128), torch.empty(1, len(COLUMNS))
+        if not guided:
+            return _call(x, t(2, 4, 128, 128), coef, h1=t(2, 4, 128, 128), keep=True)
+        branches, w = t(2, 2, 4, 128, 128), torch.empty(2, 2)
+        return _call(x, branches, coef, w=w, rescale=0.7, noise=ops.Noise(0, 0))
+
+    # DiT-XL/2 at 512 px: 1024 tokens of 1152; Flux at 1024 px: 4096 + 512 tokens, 24 heads of 128
+    tokens, vector = (2, 1024, 1152), (2, 1152)
+    image = (2, 320, 64, 64)  # Stable Diffusion at 512 px, the finest level of its U-Net
+    yield Case("attention", "SD 3, 2x24x4096x64", lambda: _call(*qkv(2, 24, 4096, 64)))
+    yield Case("attention", "DiT-XL/2 2x16x1024x72, 4x4 regions", regions)
+    yield Case("attention", "Flux 1x24x4608x128", lambda: _call(*qkv(1, 24, 4608, 128)))
+    yield Case(
+        "attention",
+        "SD 1.5 2x8x64x160, bias per key",
+        lambda: _call(*qkv(2, 8, 64, 160), bias=t(2, 1, 64)),
+    )
+    yield Case("fused_step", "SDXL 2x4x128x128, second order", lambda: step(False))
+    yield Case("fused_step", "SDXL 2x4x128x128, guided, rescaled, noise", lambda: step(True))
+    yield Case(
+        "philox_normal",
+        "SDXL 2x4x128x128",
+        lambda: _call((2, 4, 128, 128), 0, 0, device=torch.empty(0).device),
+    )
+    yield Case("gelu_tanh", "DiT-XL/2 2x1024x4608", lambda: _call(t(2, 1024, 4608), t(4608)))
+    yield Case("gelu_tanh", "DiT-XL/2 2x1024x4608, no bias", lambda: _call(t(2, 1024, 4608)))
+    yield Case("geglu", "SD 1.5 2x4096x2560", lambda: _call(t(2, 4096, 2560), t(2560)))
+    yield Case(
+        "geglu",
+        "SD 1.5 2x4096x2560, no bias, tanh",
+        lambda: _call(t(2, 4096, 2560), approximate="tanh"),
+    )
+    yield Case(
+        "group_norm_silu", "SD 1.5 2x320x64x64", lambda: _call(t(*image), 32, t(320), t(320))
+    )
+    yield Case(
+        "group_norm_silu",
+        "SD 1.5 2x320x64x64, channels last",
+        lambda: _call(t(*image).to(memory_format=torch.channels_last), 32, t(320), t(320)),
+    )
+    yield Case(
+        "layer_norm_modulate",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(t(*tokens), t(*vector), t(*vector)),
+    )
+    yield Case(
+        "layer_norm_modulate",
+        "Flux 1x4608x3072",
+        lambda: _call(t(1, 4608, 3072), t(1, 3072), t(1, 3072)),
+    )
+    yield Case(
+        "gate_residual", "DiT-XL/2 2x1024x1152", lambda: _call(t(*tokens), t(*tokens), t(*vector))
+    )
+    yield Case(
+        "gate_residual_norm_modulate",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector)),
+    )
+    yield Case(
+        "qk_norm_rope",
+        "Flux 1x24x4608x128",
+        lambda: rope(24, 4608, 128, 64, q_weight=t(128), k_weight=t(128)),
+    )
+    yield Case(
+        "qk_norm_rope",
+        "DiT-XL/2 1x16x1024x72, halves, positions",
+        lambda: rope(
+            16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
+        ),
+    )
+
+
+def moved(*values: Any) -> int:
+    """Bytes of the tensors in ``values``, each counted once: what a call must read and write."""
+    seen: dict[int, int] = {}
+    for value in values:
+        for t in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(t, Tensor):
+                seen[t.data_ptr()] = t.numel() * t.element_size()
+    return sum(seen.values())
