@@ -49,6 +49,8 @@ _TRANSFERS = _FROM_PYTHON | {
     "torch.Tensor.cpu",
     "torch.Tensor.cuda",
 }
+# Operations whose CUDA form reads a value inside, which no tag says.
+_WAITS = ("aten::_linalg_check_errors", "aten::histc")
 _MOVES = ("aten::resize_", "aten::resize_as_", "aten::set_")
 _LIFT = ("aten::lift_fresh", "aten::lift_fresh_copy", "aten::lift")
 
@@ -306,7 +308,7 @@ class Ops(TorchDispatchMode):
             return
         elif torch.Tag.dynamic_output_shape in func.tags or name == "aten::bincount":
             self.log.add("shape", op, "gives a shape that depends on values", where)
-        elif torch.Tag.data_dependent_output in func.tags:
+        elif torch.Tag.data_dependent_output in func.tags or name in _WAITS:
             self.log.add("sync", op, "reads a device value on the host, which waits", where)
 
     @staticmethod

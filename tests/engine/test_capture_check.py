@@ -14,6 +14,7 @@ import fastdiff
 from fastdiff.engine import NotCapturable, check, require
 from fastdiff.models import UNet
 
+ROTATION = torch.eye(4).roll(1, 0)
 WEIGHT = torch.linspace(-1, 1, 16).view(4, 4)
 
 
@@ -40,6 +41,10 @@ class Counter:
         for _ in range(self.calls):
             x = x + 1
         return x
+
+    def other(self, x, i):
+        self.calls += 1
+        return (x + 1, x * 2)[:: -1 if self.calls % 2 else 1]
 
     def value(self, x, i):
         self.calls += 1
@@ -73,6 +78,8 @@ VIOLATIONS = [
     ("sync", "torch.Tensor.__bool__", lambda x, i: x if x.sum() > 0 else -x),
     ("sync", "torch.Tensor.__bool__", lambda x, i: x if (x > 0).any() else -x),
     ("sync", "torch.equal", lambda x, i: x * torch.equal(x, x)),
+    ("sync", "aten._linalg_check_errors", lambda x, i: x @ torch.linalg.inv(ROTATION)),
+    ("sync", "aten.histc", lambda x, i: x.histc(4)),
     ("sync", "torch.Tensor.tolist", lambda x, i: x * len(x.tolist())),
     ("sync", "torch.Tensor.numpy", lambda x, i: x * x.numpy().shape[0]),
     ("sync", "torch.Tensor.__array__", lambda x, i: x * np.asarray(x).shape[0]),
@@ -115,6 +122,7 @@ VIOLATIONS = [
     ("frozen", "(input [3, 4], 2) in the first one", Counter().scale),
     ("frozen", "aten.sub.Tensor(input [3, 4], 1) in run", Counter().branch),
     ("frozen", "nothing in the first one", Counter().longer),
+    ("frozen", "gives other outputs in run 2", Counter().other),
     ("frozen", "aten.lift_fresh.default", Counter().value),
     ("kept", "an earlier run made and Python kept", Counter().history),
     ("address", "torch.Tensor.data.__set__", replaced),
@@ -122,6 +130,12 @@ VIOLATIONS = [
     ("address", "put another tensor in the place of inputs[0][0]", in_a_list),
     ("output", "is float 2.0, which a capture freezes", lambda x, i: (x, 2.0)),
     ("output", "output[0] at", lambda x, i: (torch.zeros(2), x)),
+    pytest.param(
+        "error",
+        "raises",
+        lambda x, i: (torch.cuda.synchronize(), x)[1],
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="does not raise on a GPU"),
+    ),
     ("error", "raises RuntimeError: The size of tensor a", lambda x, i: x + WEIGHT[:, :3]),
 ]
 
@@ -142,6 +156,11 @@ def test_violation_is_found(kind, says, step):
     assert len(found[0].sentence.splitlines()) == 1 and "; " in found[0].sentence
 
 
+def on_the_device(x, i):
+    with torch.device(x.device):
+        return x + torch.arange(4) * torch.ones(4)
+
+
 CLEAN = {
     "host scalars": lambda x, i: x * torch.tensor(2.0) + torch.tensor(3).item(),
     "made on the device": lambda x, i: x + torch.arange(4, device=x.device) + torch.full_like(x, 2),
@@ -155,6 +174,7 @@ CLEAN = {
     "host work aside": lambda x, i: x * len([n for n in torch.arange(3).tolist() if n > 1]),
     "a mask set to a number": lambda x, i: x.masked_fill(x.isnan(), 0.0),
     "complex": lambda x, i: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)).conj() * 1j),
+    "a device context": on_the_device,
     "says cuda": lambda x, i: x if x.is_cuda and x.device.type == "cuda" else x,
     "scatter": lambda x, i: torch.zeros_like(x).scatter_add_(0, i.expand(1, 4), x[:1]),
 }  # fmt: skip
