@@ -174,6 +174,7 @@ CLEAN = {
     "host work aside": lambda x, i: x * len([n for n in torch.arange(3).tolist() if n > 1]),
     "a mask set to a number": lambda x, i: x.masked_fill(x.isnan(), 0.0),
     "complex": lambda x, i: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)).conj() * 1j),
+    "a constant written to": lambda x, i: x * torch.tensor(1.0).add_(1),
     "a device context": on_the_device,
     "says cuda": lambda x, i: x if x.is_cuda and x.device.type == "cuda" else x,
     "scatter": lambda x, i: torch.zeros_like(x).scatter_add_(0, i.expand(1, 4), x[:1]),
