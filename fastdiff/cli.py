@@ -140,6 +140,11 @@ def parser() -> Parser:
     p = commands.add_parser("info", help="which row of which op runs here, and why not the others")
     p.add_argument("--json", action="store_true", help="as JSON on stdout")
     p.add_argument("--markdown", action="store_true", help="the README's table of ops and rows")
+    p.add_argument(
+        "--kernels",
+        action="store_true",
+        help="the README's table of kernels, compiled for it: minutes; needs triton and nvcc",
+    )
     return top
 
 
@@ -181,7 +186,14 @@ def info(args: argparse.Namespace) -> int:
     """Print :mod:`fastdiff.info`."""
     from fastdiff import info as page
 
-    if args.markdown:
+    if args.kernels:
+        from fastdiff import info_kernels
+
+        try:
+            print(info_kernels.markdown())
+        except RuntimeError as error:  # a compiler is missing or fails
+            raise UsageError(str(error)) from error
+    elif args.markdown:
         print(page.markdown())
     elif args.json:
         print(json.dumps(page.collect(), indent=1))
