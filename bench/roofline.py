@@ -116,7 +116,7 @@ def table(reports: list[dict[str, Any]], dtype: str) -> str:
             f"{report['by']} {report['kernel']}",
             gpu.name,
             f"{report['bytes'] / 1e6:.2f}",
-            f"{work / 1e9:.1f}" if work else "no matrix product",
+            f"{work / 1e9:.3g}" if work else "no matrix product",
             f"{seconds * 1e6:.2f} ({bound})",
             str(report["registers"]),
             f"{report['shared'] / 1024:.1f}",

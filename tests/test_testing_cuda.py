@@ -1,0 +1,46 @@
+"""The CUDA kernels as nvcc compiles them, and their launches, with no GPU."""
+
+import pytest
+import torch
+
+from fastdiff import gpu_cases, testing_cuda
+from fastdiff.gpu_limits import BLOCK_SHARED
+
+
+def case(op, start):
+    cases = gpu_cases.cases(torch.bfloat16)
+    return next(c for c in cases if c.op == op and c.name.startswith(start))
+
+
+def test_entries_are_those_of_the_sources():
+    if not testing_cuda.CSRC.exists():
+        pytest.skip("no sources beside the package")
+    assert "layer_norm_modulate" in testing_cuda.entries()
+    assert testing_cuda.has_kernel("gate_residual") and not testing_cuda.has_kernel("linear")
+
+
+def test_an_op_without_a_kernel_has_no_launch(tmp_path):
+    with pytest.raises(ValueError, match="testing_cuda: linear has no CUDA kernel"):
+        next(testing_cuda.launches(gpu_cases.Case("linear", "", lambda: ((), {})), tmp_path))
+
+
+@pytest.mark.slow
+def test_launches_and_machine_code():
+    """layer_norm_rows: four rows of a block, a warp each; no kernel spills on sm_80."""
+    if testing_cuda.why_not():
+        pytest.skip(testing_cuda.why_not())
+    pytest.importorskip("triton")  # cuobjdump
+    path = testing_cuda.library(("sm_80",))
+    code = testing_cuda.code(path, "sm_80")
+    for kernel in code.values():
+        assert kernel.spills == 0 and kernel.stack == 0, kernel
+        assert 0 < kernel.registers <= 255, kernel
+    (launch,) = testing_cuda.launches(case("gate_residual", "DiT"), path)
+    assert launch["grid"] == [2 * 1024 // 4, 1, 1] and launch["block"] == [128, 1, 1]
+    assert launch["shared"] == 0
+    assert testing_cuda.readable(launch["kernel"]).startswith("layer_norm_rows")
+    for other in gpu_cases.cases(torch.float32):
+        if testing_cuda.has_kernel(other.op):
+            for launch in testing_cuda.launches(other, path):
+                assert launch["kernel"] in code
+                assert launch["shared"] <= BLOCK_SHARED["sm_80"]
