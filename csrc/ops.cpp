@@ -54,6 +54,10 @@ TORCH_LIBRARY(fastdiff, m) {
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "
       "sin, "
       "Tensor? position, float eps, bool interleaved) -> (Tensor, Tensor)");
+  // x [B,N,D]; index [B,A] int64 -> [B,A,D]
+  m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
+  // y [B,A,D]; gate [B,D] or [B,A,D] -> x with rows `index` replaced by y, or gate * y added
+  m.def("scatter_tokens(Tensor x, Tensor index, Tensor y, Tensor? gate) -> Tensor");
 }
 
 namespace {

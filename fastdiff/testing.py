@@ -67,7 +67,8 @@ def lay(t: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return t.contiguous()
     if layout == "sliced":  # every second row of a wider buffer
-        buffer = t.new_full([*t.shape[:-1], t.shape[-1] + 5], float("nan"))
+        fill = torch.nan if t.dtype.is_floating_point else -1
+        buffer = t.new_full([*t.shape[:-1], t.shape[-1] + 5], fill)
         view = buffer[..., 2 : 2 + t.shape[-1]]
     elif layout == "transposed":  # last two (or only) dimensions swapped in memory
         if t.dim() < 2:

@@ -52,6 +52,10 @@ def calls(dtype):
         yield "geglu", (r(b, n, 2 * d), r(2 * d)), {}
         yield "layer_norm_modulate", (x, m[0], m[1]), dict(weight=r(d), bias=r(d))
         yield "gate_residual", (x, y, m[2]), {}
+        yield "gather_tokens", (x, i(n, b, n)), {}
+        yield "scatter_tokens", (x, i(n, b, 2), r(b, 2, d)), {}
+        yield "scatter_tokens", (x, i(n, b, n), y, m[2]), {}
+        yield "scatter_tokens", (x, i(n, b, n), y, r(b, n, d)), {}
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
         extra = dict(shift=r(b, c), scale=r(b, c))

@@ -12,6 +12,7 @@ from fastdiff.ops.layer_norm_modulate import (
 )
 from fastdiff.ops.linear import linear
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
+from fastdiff.ops.tokens import gather_tokens, scatter_tokens
 
 __all__ = [
     "GroupBias",
@@ -21,6 +22,7 @@ __all__ = [
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "gather_tokens",
     "geglu",
     "gelu_tanh",
     "group_norm_silu",
@@ -29,4 +31,5 @@ __all__ = [
     "philox_normal",
     "qk_norm_rope",
     "rope_table",
+    "scatter_tokens",
 ]

@@ -1,0 +1,62 @@
+"""One-line faults of csrc/cuda/tokens.cu that tests/cuda/test_tokens.py must find.
+
+A fault is (name, text that occurs once in the file, text in its place).
+"""
+
+MUTANTS = [
+    (
+        "gather reads the row in front of x",
+        "inside = n >= 0 && n < a.N;",
+        "inside = n < a.N;",
+    ),
+    (
+        "gather reads the row past x",
+        "inside = n >= 0 && n < a.N;",
+        "inside = n >= 0 && n <= a.N;",
+    ),
+    (
+        "no barrier before the index is read",
+        "last[i] = -1;\n  __syncthreads();",
+        "last[i] = -1;",
+    ),
+    (
+        "no barrier after the index is read",
+        "atomicMax(&last[n - first], int(k));\n  }\n  __syncthreads();",
+        "atomicMax(&last[n - first], int(k));\n  }",
+    ),
+    (
+        "any of several wins",
+        "atomicMax(&last[n - first], int(k));",
+        "last[n - first] = int(k);",
+    ),
+    (
+        "the index is read as far as there are threads",
+        "k < a.A; k += kThreads",
+        "k < a.A && k < kThreads; k += kThreads",
+    ),
+    (
+        "the last piece of a sample goes on past it",
+        "first + rows < a.N ? first + rows : a.N;",
+        "first + rows;",
+    ),
+    (
+        "x plays the part of the gate",
+        "fmaf(gpu::to_float(e[2][i]), gpu::to_float(e[1][i]), gpu::to_float(e[0][i]))",
+        "fmaf(gpu::to_float(e[0][i]), gpu::to_float(e[1][i]), gpu::to_float(e[2][i]))",
+    ),
+    (
+        "misaligned rows are taken for aligned",
+        "reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && ",
+        "",
+    ),
+    (
+        "a lane's second load is its first",
+        "? source[pack + 32 * i]",
+        "? source[pack]",
+    ),
+    (
+        "samples share an index",
+        "const int64_t* index = a.index + b * a.index_stride;",
+        "const int64_t* index = a.index;",
+    ),
+]
