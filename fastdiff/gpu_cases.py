@@ -107,6 +107,24 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "DiT-XL/2 2x1024x1152",
         lambda: _call(t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector)),
     )
+    quarter = (2, 256, 1152)
+    yield Case(
+        "gather_tokens",
+        "DiT-XL/2 2x1024x1152, a quarter",
+        lambda: _call(t(*tokens), torch.empty(quarter[:2], dtype=torch.int64)),
+    )
+    yield Case(
+        "scatter_tokens",
+        "DiT-XL/2 2x1024x1152, a quarter",
+        lambda: _call(t(*tokens), torch.empty(quarter[:2], dtype=torch.int64), t(*quarter)),
+    )
+    yield Case(
+        "scatter_tokens",
+        "DiT-XL/2 2x1024x1152, a quarter, gate",
+        lambda: _call(
+            t(*tokens), torch.empty(quarter[:2], dtype=torch.int64), t(*quarter), t(*vector)
+        ),
+    )
     yield Case(
         "qk_norm_rope",
         "Flux 1x24x4608x128",

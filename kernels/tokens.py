@@ -14,7 +14,7 @@ from torch import Tensor
 
 CONFIGS = [
     triton.Config({"ROWS": r, "CHUNK": c, "BLOCK": b}, num_warps=w)
-    for r, c, b, w in ((4, 256, 1024, 4), (16, 64, 256, 4), (2, 1024, 2048, 8))
+    for r, c, b, w in ((4, 128, 512, 4), (16, 64, 256, 8), (2, 256, 1024, 4))
 ]
 
 
