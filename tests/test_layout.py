@@ -33,6 +33,7 @@ FLOORS = (
         "testing",
         "testing_compile",
         "testing_cuda",
+        "_nvrtc",
         "testing_simt",
         "testing_triton",
         "fastdiff",

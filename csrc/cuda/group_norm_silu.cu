@@ -19,6 +19,8 @@ __device__ __forceinline__ void block_sums(float& a, float& b, float* partial) {
   for (int w = 0; w < kWarps; ++w) a += partial[2 * w], b += partial[2 * w + 1];
 }
 
+}  // namespace
+
 // Contiguous: a group is one run of C/G rows of P, and `width` neighbours share a channel.
 // Channels last: it is C/G neighbours at each of P positions, C apart.
 template <class T, int width, bool channels_last>
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_blocks(GroupNormSilu
 }
 
 #ifndef __CUDACC_RTC__
+namespace {
 
 template <class T, int width, bool channels_last>
 int launch(const GroupNormSiluArgs& a, cudaStream_t stream) {
@@ -109,10 +112,8 @@ int launch(const GroupNormSiluArgs& a, cudaStream_t stream) {
   return four ? launch<T, 4, false>(a, stream) : launch<T, 1, false>(a, stream);
 }
 
-#endif
 }  // namespace
 
-#ifndef __CUDACC_RTC__
 extern "C" int fastdiff_gpu_group_norm_silu(const GroupNormSiluArgs* a, void* stream) {
   int error = 0;
   GPU_DTYPE_SWITCH(int(a->dtype), error = launch<T>(*a, static_cast<cudaStream_t>(stream)));

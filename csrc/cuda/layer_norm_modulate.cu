@@ -45,6 +45,8 @@ __device__ __forceinline__ void add_gated(const T* x, const T* y, const T* gate,
   store<width>(r, residual + d);
 }
 
+}  // namespace
+
 // Lane l holds packs l, l + 32, ... of the row, `packs` of them at most; longer rows are read again
 // (kept == 0) from x, or from x + gate y computed anew.
 template <class T, int width, int kept>
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulate
 }
 
 #ifndef __CUDACC_RTC__
+namespace {
 
 template <class T, int width, int kept>
 int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
@@ -175,10 +178,8 @@ int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
   return launch<T, 4, 0>(a, stream);
 }
 
-#endif
 }  // namespace
 
-#ifndef __CUDACC_RTC__
 extern "C" int fastdiff_gpu_layer_norm_modulate(const LayerNormModulateArgs* a, void* stream) {
   int error = 0;
   GPU_DTYPE_SWITCH(int(a->dtype), error = launch<T>(*a, static_cast<cudaStream_t>(stream)));
