@@ -31,11 +31,9 @@ _BOUND = "none: bound by memory, and Triton's reads and writes each element once
 # Ops without a CUDA kernel, and why.
 NO_CUDA = {
     "attention": "none yet: Triton's and torch's are used",
-    "fused_step": _BOUND,
     "geglu": _BOUND,
     "gelu_tanh": _BOUND,
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
-    "philox_normal": _BOUND,
     "qk_norm_rope": _BOUND,
 }
 NO_NATIVE = {"linear": f"none: {_LIBRARY} (oneDNN, rows onednn and upcast)"}

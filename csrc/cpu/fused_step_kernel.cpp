@@ -123,6 +123,17 @@ FD_INLINE void vsincos(Words r, Vec& cosine, Vec& sine) {
   sine = as_float(xor3(bits(select_bit0(quadrant, c, s)), sine_sign, none));
 }
 
+// One sample's noise: Philox key and the counter words that do not depend on the element.
+struct NoiseKey {
+  uint64_t seed;
+  uint32_t slot, step;
+};
+static int64_t value(const Counter& counter, int64_t b) { return counter.data[b * counter.stride]; }
+static NoiseKey noise_key(const NoiseCounters& noise, int64_t b) {
+  return {uint64_t(value(noise.seed, b)), uint32_t(value(noise.slot, b)),
+          uint32_t(value(noise.step, b))};
+}
+
 // The 64 normals of a group, elements 64 group and on: Philox4x32-10 (Salmon et al. 2011).
 FD_INLINE void noise_group(const NoiseKey& key, uint32_t stream, uint32_t group, float* z) {
   for (int half = 0; half < 16; half += Vec::width) {
@@ -236,8 +247,8 @@ struct Sample {
     m = static_cast<const Tm*>(a.m) + b * a.m_sample;
     w = a.w ? a.w + b * a.branches : nullptr;
     mask = a.mask ? a.mask + b * a.mask_sample : nullptr;
-    c = a.coef + a.row[b] * kStepColumns;
-    factor = a.factor[b];
+    c = a.coef + (a.row.data ? value(a.row, b) : b * a.row.stride) * kStepColumns;
+    factor = a.phi ? a.factor[b] : 1.0f;
   }
 
   template <bool Full>
@@ -282,12 +293,16 @@ template <class T, class Tm>
 static void chunk_step(const FusedStepArgs& a, int64_t b, int64_t chunk) {
   Sample<T, Tm> s(a, b);
   alignas(64) float z[kNoiseGroup], z_ref[kNoiseGroup];
-  bool noisy = a.noise && s.c[kSigma] != 0.0f, noisy_ref = a.noise && a.mask && s.c[kRb] != 0.0f;
+  const bool keyed = a.noise.seed.data;
+  const bool noisy = keyed && s.c[kSigma] != 0.0f;
+  const bool noisy_ref = keyed && a.mask && s.c[kRb] != 0.0f;
+  const NoiseKey key = keyed ? noise_key(a.noise, b) : NoiseKey{};
+  const uint32_t stream = a.noise.stream;
   int64_t begin = chunk * kStepChunk;
   int64_t end = begin + kStepChunk < a.numel ? begin + kStepChunk : a.numel;
   for (int64_t i = begin; i < end; i += kNoiseGroup) {
-    if (noisy) noise_group(a.noise[b], a.stream, uint32_t(i / kNoiseGroup), z);
-    if (noisy_ref) noise_group(a.noise[b], a.stream + 1, uint32_t(i / kNoiseGroup), z_ref);
+    if (noisy) noise_group(key, stream, uint32_t(i / kNoiseGroup), z);
+    if (noisy_ref) noise_group(key, stream + 1, uint32_t(i / kNoiseGroup), z_ref);
     for (int64_t j = 0; j < kNoiseGroup && i + j < end; j += Vec::width) {
       const float* zj = noisy ? z + j : nullptr;
       const float* rj = noisy_ref ? z_ref + j : nullptr;
@@ -335,7 +350,7 @@ void philox_normal(const PhiloxNormalArgs& a) {
       int64_t b = i / groups, group = i % groups, at = group * kNoiseGroup;
       float* z = a.z + b * a.numel + at;
       bool whole = at + kNoiseGroup <= a.numel;
-      noise_group(a.noise[b], a.stream, uint32_t(group), whole ? z : rest);
+      noise_group(noise_key(a.noise, b), a.noise.stream, uint32_t(group), whole ? z : rest);
       if (!whole) std::memcpy(z, rest, size_t(a.numel - at) * sizeof(float));
     }
   });

@@ -170,7 +170,7 @@ def fused_step_ref(
 
 def _native_why_not(*args: Any) -> str | None:
     x, m, w, _, _, h1, h2, rescale, *_ = args
-    return why_not_native(x, m) or refuse_grad(x, m, w, h1, h2, rescale)
+    return why_not_native(x, m, gpu="fused_step") or refuse_grad(x, m, w, h1, h2, rescale)
 
 
 def _triton_why_not(*args: Any) -> str | None:
@@ -179,7 +179,7 @@ def _triton_why_not(*args: Any) -> str | None:
 
 
 def _native_noise_why_not(seed: Tensor, *_: Any) -> str | None:
-    return why_not_native(seed, dtypes=(torch.int64,))
+    return why_not_native(seed, dtypes=(torch.int64,), gpu="philox_normal")
 
 
 def _triton_noise_why_not(seed: Tensor, *_: Any) -> str | None:
