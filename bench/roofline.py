@@ -80,7 +80,7 @@ def _cuda(dtype: str, only: str) -> Iterator[dict[str, Any]]:
     path = testing_cuda.library()
     code = {gpu.target: testing_cuda.code(path, gpu.target) for gpu in GPUS}
     for case in gpu_cases.cases(getattr(torch, dtype)):
-        if only not in case.op or not testing_cuda.has_kernel(case.op):
+        if only not in case.op or not testing_cuda.has_kernel(case.op, getattr(torch, dtype)):
             continue
         for launch in testing_cuda.launches(case, path):
             x, y, z = launch["block"]

@@ -30,7 +30,6 @@ _LIBRARY = "torch's own matrix product"
 _BOUND = "none: bound by memory, and Triton's reads and writes each element once as well"
 # Ops without a CUDA kernel, and why.
 NO_CUDA = {
-    "attention": "none yet: Triton's and torch's are used",
     "geglu": _BOUND,
     "gelu_tanh": _BOUND,
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
@@ -74,7 +73,7 @@ def cuda_code() -> Found:
     found: Found = defaultdict(list)
     for dtype in DTYPES:
         for case in cases(getattr(torch, dtype)):
-            if not testing_cuda.has_kernel(case.op):
+            if not testing_cuda.has_kernel(case.op, getattr(torch, dtype)):
                 continue
             for launch in testing_cuda.launches(case, path):
                 for target, kernels in code.items():
@@ -97,11 +96,17 @@ def _numbers(op: str, found: Found) -> list[str]:
         cells = []
         for dtype in DTYPES:
             values = [r[field] / scale for r in found[op, dtype]]
+            if not values:
+                continue  # a dtype that the kernel does not take
             low, high = form.format(min(values)), form.format(max(values))
             cells.append(low if low == high else f"{low}-{high}")
         return cells[0] if len(set(cells)) == 1 else " / ".join(cells)
 
     return [span("registers"), span("spills"), span("shared", 1024, "{:.1f}")]
+
+
+def _cuda_dtypes(op: str) -> str:
+    return ", ".join(d for d in DTYPES if testing_cuda.has_kernel(op, getattr(torch, d)))
 
 
 def _line(*cells: str) -> str:
@@ -131,7 +136,8 @@ def rows(triton: Found | None, cuda: Found | None) -> list[str]:
                 lines.append(_line(op, name, reasons[op], *nothing))
                 continue
             numbers = [] if found is None else _numbers(op, found)
-            lines.append(_line(op, name, dtypes, where, ", ".join(targets), *numbers))
+            taken = _cuda_dtypes(op) if name == "CUDA" else dtypes
+            lines.append(_line(op, name, taken, where, ", ".join(targets), *numbers))
     return lines
 
 

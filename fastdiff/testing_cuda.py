@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdiff import _native, ops
 from fastdiff.gpu_cases import Case, moved
 from fastdiff.gpu_code import Code, read_cuda
@@ -28,6 +30,8 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # As nvcc has it: "a" is the architecture with its own instructions, which no later one runs.
 ARCH = {"sm_90": "sm_90a", "sm_100": "sm_100a", "sm_120": "sm_120a"}
+# Dtypes of ops whose CUDA kernel does not take them all: tensor cores have no float32.
+DTYPES = {"attention": (torch.bfloat16, torch.float16)}
 ENTRY = r'extern "C" int fastdiff_gpu_(\w+)\('
 
 
@@ -45,8 +49,10 @@ def entries() -> set[str]:
     return {name for p in CSRC.glob("cuda/*.cu") for name in re.findall(ENTRY, p.read_text())}
 
 
-def has_kernel(op: str) -> bool:
-    """Whether csrc/cuda has a kernel for this public op."""
+def has_kernel(op: str, dtype: torch.dtype | None = None) -> bool:
+    """Whether csrc/cuda has a kernel for this public op, and for this dtype of it."""
+    if dtype is not None and dtype not in DTYPES.get(op, (dtype,)):
+        return False
     return not entries().isdisjoint((op, _stem(op)))
 
 

@@ -17,6 +17,8 @@ def test_entries_are_those_of_the_sources():
         pytest.skip("no sources beside the package")
     assert "layer_norm_modulate" in testing_cuda.entries()
     assert testing_cuda.has_kernel("gate_residual") and not testing_cuda.has_kernel("linear")
+    assert testing_cuda.has_kernel("attention", torch.float16)
+    assert not testing_cuda.has_kernel("attention", torch.float32)
 
 
 def test_an_op_without_a_kernel_has_no_launch(tmp_path):
@@ -39,8 +41,9 @@ def test_launches_and_machine_code():
     assert launch["grid"] == [2 * 1024 // 4, 1, 1] and launch["block"] == [128, 1, 1]
     assert launch["shared"] == 0
     assert testing_cuda.readable(launch["kernel"]).startswith("layer_norm_rows")
-    for other in gpu_cases.cases(torch.float32):
-        if testing_cuda.has_kernel(other.op):
-            for launch in testing_cuda.launches(other, path):
-                assert launch["kernel"] in code
-                assert launch["shared"] <= BLOCK_SHARED["sm_80"]
+    for dtype in (torch.float32, torch.bfloat16):
+        for other in gpu_cases.cases(dtype):
+            if testing_cuda.has_kernel(other.op, dtype):
+                for launch in testing_cuda.launches(other, path):
+                    assert launch["kernel"] in code
+                    assert launch["shared"] <= BLOCK_SHARED["sm_86"]

@@ -10,9 +10,10 @@ namespace fastdiff {
 
 namespace {
 
-// Of indices in host memory; the GPU kernel clamps them instead, so that nothing waits for it.
+// Of indices in host memory. The GPU kernel looks itself: what lies outside gives NaN there, and
+// nothing waits for it.
 void check_range(const char* name, const at::Tensor& t, int64_t high) {
-  if (!t.is_cpu()) return;
+  if (on_gpu(t)) return;
   const int64_t* p = t.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < t.numel(); ++i)
     TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < high, "attention: ", name, " has value ", p[i],
@@ -77,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor> attention(
     a.q_stride[i] = q.stride(i), a.k_stride[i] = k.stride(i), a.v_stride[i] = v.stride(i);
   a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
   a.scale = float(scale);
-  a.rows = q.size(2);
+  a.queries = a.rows = q.size(2);
 
   at::Tensor bias, query_group, key_group, table, key_lengths, q_index;
   if (bias_in) {
@@ -102,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor> attention(
     check_range("bias.key_group", key_group, table.size(3));
     a.table = table.const_data_ptr<float>();
     a.table_stride[0] = stride_of(table, 0), a.table_stride[1] = stride_of(table, 1);
-    a.key_groups = table.size(3);
+    a.query_groups = table.size(2), a.key_groups = table.size(3);
     a.query_group = query_group.const_data_ptr<int64_t>();
     a.key_group = key_group.const_data_ptr<int64_t>();
     a.query_group_stride = stride_of(query_group, 0);

@@ -2,6 +2,7 @@
 #include "level.h"
 
 namespace fastdiff {
+// Values of indices, groups and lengths are checked where they are in host memory.
 // Strides in elements; a stride of a dimension of size 1 that is broadcast is 0.
 struct AttentionArgs {
   const void *q, *k, *v;  // [B,H,S,D], [B,H,T,D], [B,H,T,D]; unit last stride
@@ -9,15 +10,15 @@ struct AttentionArgs {
   const void* bias;        // null, [B|1,H|1,S,T] or [B|1,H|1,T]; unit last stride
   int64_t bias_stride[3];  // of B, H, S; the last is unused for a bias per key
   bool bias_full, bias_f32;
-  const int64_t *query_group, *key_group;        // [B|1,S], [B|1,T], values checked, or null
+  const int64_t *query_group, *key_group;        // [B|1,S], [B|1,T], or null
   int64_t query_group_stride, key_group_stride;  // of B
   const float* table;                            // [B|1,H|1,Gq,Gk], last two contiguous
-  int64_t table_stride[2], key_groups;
-  const int64_t* key_lengths;  // [B], values checked, or null
-  const int64_t* q_index;      // [B,rows], values checked, or null: rows are 0..S-1
-  void* out;                   // [B,rows,H,D] contiguous
-  float* lse;                  // [B,H,rows] contiguous
-  int64_t batch, heads, rows, keys, dim;
+  int64_t table_stride[2], query_groups, key_groups;
+  const int64_t* key_lengths;                      // [B] or null
+  const int64_t* q_index;                          // [B,rows] or null: rows are 0..S-1
+  void* out;                                       // [B,rows,H,D] contiguous
+  float* lse;                                      // [B,H,rows] contiguous
+  int64_t batch, heads, queries, rows, keys, dim;  // queries: S
   float scale;
   Dtype dtype;
   float* scratch;  // threads * attention_scratch(args) floats, 64-byte aligned

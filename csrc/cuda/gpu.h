@@ -43,6 +43,25 @@ template <int pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+// 2^x in one instruction, relative error 2^-22; results below 2^-126 are 0 (PTX ISA, ex2.approx).
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Two elements of T as a register of mma has them, the first in the low half.
+template <class T>
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives row i % 8 of matrix i / 8.
 template <bool transposed>
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {

@@ -143,6 +143,22 @@ template <int pending>
 inline void cp_async_wait(SIMT_LINE) {
   simt_copy_wait(pending, line);
 }
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+template <class T>
+inline unsigned pack(float low, float high) {
+  T pair[2];
+  if constexpr (std::is_same_v<T, __half>) {
+    pair[0] = __float2half(low), pair[1] = __float2half(high);
+  } else {
+    pair[0] = __float2bfloat16(low), pair[1] = __float2bfloat16(high);
+  }
+  unsigned bits;
+  std::memcpy(&bits, pair, sizeof(bits));
+  return bits;
+}
 template <bool transposed>
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_LINE) {
   simt_ldmatrix(row, transposed, r, line);

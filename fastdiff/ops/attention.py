@@ -35,6 +35,7 @@ from fastdiff.ops._check import (
 
 # Of a head: above, the smallest tile spills registers (tests/test_testing_compile.py).
 TRITON_MAX_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+CUDA_MAX_DIM = 256
 
 
 class GroupBias(NamedTuple):
@@ -127,6 +128,10 @@ def _native_why_not(
     q_index: Tensor | None,
     return_lse: bool,
 ) -> str | None:
+    if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
+    if q.is_cuda and q.shape[3] > CUDA_MAX_DIM:
+        return f"head dimension {q.shape[3]} is above {CUDA_MAX_DIM}, the CUDA kernel's most"
     return why_not_native(q, k, v, bias, gpu="attention") or refuse_grad(q, k, v, bias, table)
 
 
