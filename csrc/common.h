@@ -58,4 +58,15 @@ inline bool unit_last(const at::Tensor& t) {
   return t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
 }
 
+// Tensors that the pointers of a kernel's arguments need alive.
+struct Kept {
+  at::Tensor kept[8];
+  int count = 0;
+
+  // `t`, or a copy of it whose last dimension is contiguous.
+  const at::Tensor& keep(const at::Tensor& t) {
+    return kept[count++] = unit_last(t) ? t : t.contiguous();
+  }
+};
+
 }  // namespace fastdiff

@@ -133,8 +133,7 @@ std::tuple<at::Tensor, at::Tensor> attention(
     at::Tensor scratch;
     if (!on_gpu(q)) {
       // The one allocation besides the outputs: K and V of the head in work, repacked once per head
-      // for all its query tiles, and the tiles themselves; per thread, so linear in T, not in S *
-      // T.
+      // for all its query tiles, and the tiles themselves; per thread, so linear in T.
       a.threads = std::min<int64_t>(at::get_num_threads(), a.batch * a.heads * ((a.rows + 7) / 8));
       int64_t floats = a.threads * AttentionScratch(a).total;
       scratch = at::empty({floats + 16}, lse.options());

@@ -11,12 +11,12 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-// Checks of both entries, and the tensors that the pointers of `args` need alive.
-struct Call {
+// Checks of both entries.
+struct Call : Kept {
   const char* op;
   GroupNormSiluArgs args{};
-  at::Tensor kept[6];
-  int count = 0;
+
+  explicit Call(const char* op) : op(op) {}
 
   at::Tensor channels_to_end(const at::Tensor& x) const {
     return args.channels_last ? x.movedim(1, -1).contiguous() : x.contiguous();
@@ -31,7 +31,7 @@ struct Call {
     check_device(op, name, *t, x);
     check_dtype(op, name, *t, x.scalar_type());
     check_sizes(op, name, *t, need);
-    return (kept[count++] = unit_last(*t) ? *t : t->contiguous()).const_data_ptr();
+    return keep(*t).const_data_ptr();
   }
 
   // Gives the output's buffer, in the memory order of x.
@@ -67,7 +67,7 @@ struct Call {
 at::Tensor group_norm_silu(const at::Tensor& x, int64_t num_groups, const Optional& weight,
                            const Optional& bias, const Optional& shift, const Optional& scale,
                            double eps, bool silu) {
-  Call call{"group_norm_silu"};
+  Call call("group_norm_silu");
   at::Tensor y = call.input(x, num_groups, weight, bias, shift, scale, eps, silu);
   if (call.args.P) FASTDIFF_RUN(group_norm_silu, call.args, x);
   return call.channels_back(y);
@@ -76,7 +76,7 @@ at::Tensor group_norm_silu(const at::Tensor& x, int64_t num_groups, const Option
 std::tuple<at::Tensor, at::Tensor> group_norm_silu_backward_cpu(
     const at::Tensor& grad, const at::Tensor& x, int64_t num_groups, const Optional& weight,
     const Optional& bias, const Optional& shift, const Optional& scale, double eps, bool silu) {
-  Call call{"group_norm_silu_backward"};
+  Call call("group_norm_silu_backward");
   at::Tensor grad_x = call.input(x, num_groups, weight, bias, shift, scale, eps, silu);
   check_cpu(call.op, "grad", grad);
   check_dtype(call.op, "grad", grad, x.scalar_type());

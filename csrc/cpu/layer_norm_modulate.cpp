@@ -9,17 +9,13 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-// Checks of all entries, and the tensors that the pointers of `args` need alive.
+// Checks of all entries.
 template <class Args>
-struct Call {
+struct Call : Kept {
   const char* op;
   Args args{};
-  at::Tensor kept[8];
-  int count = 0;
 
-  const at::Tensor& keep(const at::Tensor& t) {
-    return kept[count++] = unit_last(t) ? t : t.contiguous();
-  }
+  explicit Call(const char* op) : op(op) {}
 
   void input(const at::Tensor& x) {
     check_runs(op, "x", x);
@@ -70,6 +66,8 @@ struct Call {
 };
 
 struct Forward : Call<LayerNormModulateArgs> {
+  using Call::Call;
+
   void norm(const at::Tensor& x, const Optional& shift, const Optional& scale,
             const Optional& weight, const Optional& bias, double eps, bool rms) {
     modulation("shift", shift, x, args.shift);
@@ -87,7 +85,7 @@ struct Forward : Call<LayerNormModulateArgs> {
 
 at::Tensor layer_norm_modulate(const at::Tensor& x, const Optional& shift, const Optional& scale,
                                const Optional& weight, const Optional& bias, double eps, bool rms) {
-  Forward call{{"layer_norm_modulate"}};
+  Forward call("layer_norm_modulate");
   call.input(x);
   call.norm(x, shift, scale, weight, bias, eps, rms);
   at::Tensor m = call.output(x, call.args.modulated);
@@ -96,7 +94,7 @@ at::Tensor layer_norm_modulate(const at::Tensor& x, const Optional& shift, const
 }
 
 at::Tensor gate_residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate) {
-  Forward call{{"gate_residual"}};
+  Forward call("gate_residual");
   call.input(x);
   call.residual(x, y, gate);
   at::Tensor r = call.output(x, call.args.residual);
@@ -107,7 +105,7 @@ at::Tensor gate_residual(const at::Tensor& x, const at::Tensor& y, const at::Ten
 std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const Optional& shift,
     const Optional& scale, const Optional& weight, const Optional& bias, double eps, bool rms) {
-  Forward call{{"gate_residual_norm_modulate"}};
+  Forward call("gate_residual_norm_modulate");
   call.input(x);
   call.residual(x, y, gate);
   call.norm(x, shift, scale, weight, bias, eps, rms);

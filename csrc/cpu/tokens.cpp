@@ -11,18 +11,14 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-// Checks of both entries, and the tensors that the pointers of `args` need alive.
+// Checks of both entries.
 template <class Args>
-struct Call {
+struct Call : Kept {
   const char* op;
   const at::Tensor& x;
   Args args{};
-  at::Tensor kept[4];
-  int count = 0;
 
-  const at::Tensor& keep(const at::Tensor& t) {
-    return kept[count++] = unit_last(t) ? t : t.contiguous();
-  }
+  Call(const char* op, const at::Tensor& x) : op(op), x(x) {}
 
   TokenRows rows(const at::Tensor& t) {
     const at::Tensor& k = keep(t);

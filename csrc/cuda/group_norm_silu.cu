@@ -26,15 +26,18 @@ __device__ __forceinline__ void block_sums(float& a, float& b, float* partial) {
 template <class T, int width, bool channels_last>
 __global__ void __launch_bounds__(kThreads) group_norm_silu_blocks(GroupNormSiluArgs a) {
   GPU_SHARED(float, shared);  // partial sums, then mul and add of every channel of the group
-  const int64_t per_group = a.C / a.groups, packs = per_group * a.P / width;
+  // A group has less than 2^31 elements (launch): 64-bit division is a subroutine, at every pack.
+  const unsigned per_group = unsigned(a.C / a.groups), positions = unsigned(a.P);
+  const unsigned packs = per_group * positions / width;
   float *mul = shared + 2 * kWarps, *add = mul + per_group;
-  const int64_t b = blockIdx.x / a.groups, first = blockIdx.x % a.groups * per_group;
+  const unsigned groups = unsigned(a.groups);
+  const int64_t b = blockIdx.x / groups, first = int64_t(blockIdx.x % groups) * per_group;
   const int64_t base = channels_last ? b * a.P * a.C + first : (b * a.C + first) * a.P;
   const T* x = static_cast<const T*>(a.x) + base;
   T* y = static_cast<T*>(a.y) + base;
-  auto at = [&](int64_t pack) {
-    const int64_t i = pack * width;
-    return channels_last ? i / per_group * a.C + i % per_group : i;
+  auto at = [&](unsigned pack) {
+    const unsigned i = pack * width;
+    return channels_last ? int64_t(i / per_group) * a.C + i % per_group : int64_t(i);
   };
   auto load = [&](int64_t i, float (&v)[width]) {
     if constexpr (width == 4) {
@@ -45,11 +48,12 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_blocks(GroupNormSilu
   };
 
   // Deviations from the mean of the first elements, so that a large mean does not cancel.
-  const int64_t lane = threadIdx.x % 32, few = per_group * a.P < 32 ? per_group * a.P : 32;
-  const int64_t place = channels_last ? lane / per_group * a.C + lane % per_group : lane;
+  const unsigned lane = threadIdx.x % 32, all = per_group * positions, few = all < 32 ? all : 32;
+  const int64_t place =
+      channels_last ? int64_t(lane / per_group) * a.C + lane % per_group : int64_t(lane);
   const float origin = gpu::warp_sum(lane < few ? gpu::to_float(x[place]) : 0.0f) / float(few);
   float sum = 0.0f, square = 0.0f, v[width];
-  for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
+  for (unsigned pack = threadIdx.x; pack < packs; pack += kThreads) {
     load(at(pack), v);
 #pragma unroll
     for (int i = 0; i < width; ++i) {
@@ -59,14 +63,14 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_blocks(GroupNormSilu
     }
   }
   block_sums(sum, square, shared);
-  const float n = float(per_group * a.P), mean = sum / n;  // of the deviations
+  const float n = float(all), mean = sum / n;  // of the deviations
   const float rstd = rsqrtf(fmaxf(square / n - mean * mean, 0.0f) + a.eps);
   const float center = origin + mean, rest = mean - (center - origin);  // what rounding left out
 
   auto parameter = [](const void* p, int64_t i) {
     return gpu::to_float(static_cast<const T*>(p)[i]);
   };
-  for (int64_t k = threadIdx.x; k < per_group; k += kThreads) {
+  for (unsigned k = threadIdx.x; k < per_group; k += kThreads) {
     const int64_t c = first + k;
     const float gain = a.scale ? 1.0f + parameter(a.scale, b * a.scale_stride + c) : 1.0f;
     mul[k] = rstd * gain * (a.weight ? parameter(a.weight, c) : 1.0f);
@@ -75,14 +79,14 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_blocks(GroupNormSilu
   }
   __syncthreads();
 
-  for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
+  for (unsigned pack = threadIdx.x; pack < packs; pack += kThreads) {
     const int64_t i = at(pack);
     load(i, v);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      const int64_t k = channels_last ? pack * width % per_group + j : pack * width / a.P;
+      const unsigned k = channels_last ? pack * width % per_group + j : pack * width / positions;
       const float u = fmaf(v[j] - center, mul[k], add[k]);
-      v[j] = a.silu ? u / (1.0f + __expf(-u)) : u;
+      v[j] = a.silu ? __fdividef(u, 1.0f + __expf(-u)) : u;
     }
     if constexpr (width == 4) {
       gpu::store4(v, y + i);
@@ -104,6 +108,8 @@ int launch(const GroupNormSiluArgs& a, cudaStream_t stream) {
 
 template <class T>
 int launch(const GroupNormSiluArgs& a, cudaStream_t stream) {
+  constexpr int kInvalidValue = 1;  // of cudaError_t
+  if (a.C / a.groups * a.P >= int64_t(1) << 31) return kInvalidValue;
   const int64_t run = a.channels_last ? a.C / a.groups : a.P;
   bool four = run % 4 == 0;
   for (const void* p : {a.x, static_cast<const void*>(a.y)})

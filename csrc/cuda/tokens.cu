@@ -55,6 +55,8 @@ __device__ __forceinline__ void add_gated(const T* x, const T* y, const T* gate,
   }
 }
 
+}  // namespace
+
 template <class T, class Bits>
 __global__ void __launch_bounds__(kThreads) gather_rows(GatherTokensArgs a) {
   const int lane = int(threadIdx.x) % 32;
@@ -96,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) scatter_rows(ScatterTokensArgs a, in
 }
 
 #ifndef __CUDACC_RTC__
+namespace {
 
 // Whether every row starts at a multiple of 16 bytes.
 template <class T>
@@ -126,10 +129,8 @@ int launch(const ScatterTokensArgs& a, cudaStream_t stream) {
   return GPU_LAUNCH((scatter_rows<T, T>), grid, block, shared, stream, a, rows);
 }
 
-#endif
 }  // namespace
 
-#ifndef __CUDACC_RTC__
 extern "C" int fastdiff_gpu_gather_tokens(const GatherTokensArgs* a, void* stream) {
   int error = 0;
   GPU_DTYPE_SWITCH(int(a->dtype), error = launch<T>(*a, static_cast<cudaStream_t>(stream)));

@@ -23,14 +23,18 @@ MUTANTS = [
     ),
     ("maps over partial sums", "*mul = shared + 2 * kWarps", "*mul = shared + kWarps"),
     ("shared memory too small", "size_t(2 * kWarps + 2 *", "size_t(2 * kWarps +"),
-    ("wrong channel", ": pack * width / a.P;", ": pack * width % a.P / 4;"),
+    ("wrong channel", ": pack * width / positions;", ": pack * width % positions / 4;"),
     (
         "wrong stride of positions",
-        "i / per_group * a.C + i % per_group : i;",
-        "i / per_group * a.groups + i % per_group : i;",
+        "int64_t(i / per_group) * a.C + i % per_group",
+        "int64_t(i / per_group) * a.groups + i % per_group",
     ),
-    ("lost tail", "packs = per_group * a.P / width;", "packs = per_group * a.P / width - 1;"),
-    ("group of the wrong sample", "b = blockIdx.x / a.groups, first", "b = 0, first"),
+    (
+        "lost tail",
+        "packs = per_group * positions / width;",
+        "packs = per_group * positions / width - 1;",
+    ),
+    ("group of the wrong sample", "b = blockIdx.x / groups, first", "b = 0, first"),
     ("shift ignores the sample", "b * a.shift_stride + c", "c"),
     ("width not checked", "bool four = run % 4 == 0;", "bool four = true;"),
 ]

@@ -8,8 +8,15 @@ from fastdiff.ops import group_norm_silu
 from fastdiff.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (shape, groups): quads, channels of one group that are no multiple of four, odd positions.
-CASES = (((2, 64, 8, 8), 32), ((2, 96, 5, 7), 32), ((1, 64, 3, 4), 8), ((2, 128, 9), 4))
+# (shape, groups): quads, channels of one group that are no multiple of four, odd positions; work
+# for every warp of a block.
+CASES = (
+    ((1, 32, 16, 16), 2),
+    ((2, 64, 8, 8), 32),
+    ((2, 96, 5, 7), 32),
+    ((1, 64, 3, 4), 8),
+    ((2, 128, 9), 4),
+)
 
 
 def compare(x, groups, mode=(0, False, False), **parameters):

@@ -64,6 +64,11 @@ def test_modulations_per_token_and_strided_inputs(dim):
         compare(chain, tensors)
 
 
+def test_aligned_rows_of_a_dimension_that_is_no_multiple_of_four():
+    x = torch.randn(2, 5, 64)[..., :37]
+    compare(norm, (x, None, None, None, None, None, None))
+
+
 def test_large_mean_does_not_cancel():
     compare(norm, inputs(512, torch.float32, mean=300.0)[:3] + (None,) * 4)
 
