@@ -4,6 +4,7 @@ from fastdiff import ops
 from fastdiff._memory import keep_memory
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
+from fastdiff.accelerate import accelerate, accelerated, request, restore
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
 from fastdiff.samplers import sample
 
@@ -11,12 +12,16 @@ __all__ = [
     "Impl",
     "NoImpl",
     "__version__",
+    "accelerate",
+    "accelerated",
     "cpu_level",
     "cpu_levels",
     "explain",
     "keep_memory",
     "ops",
     "record",
+    "request",
+    "restore",
     "sample",
     "set_cpu_level",
     "use",

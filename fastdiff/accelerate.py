@@ -1,0 +1,192 @@
+"""``accelerate``: other people's pipelines and networks, faster, and back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fastdiff import integrations
+from fastdiff.dispatch import record
+from fastdiff.engine.patch import Patch
+from fastdiff.engine.request import Request, current
+
+_NETWORKS = ("unet", "transformer", "transformer_2", "prior")
+_KEY = "_fastdiff"  # where an accelerated object keeps its Acceleration
+
+
+class Acceleration:
+    """What ``accelerate`` did to one pipeline or network.
+
+    Attributes:
+        patch: the changes, to be undone.
+        parts: sentences, one a changed part.
+        last: the last run that ended or broke off.
+        lonely: calls of a network outside any run, for which caches were off.
+    """
+
+    def __init__(self) -> None:
+        self.patch = Patch()
+        self.parts: list[str] = []
+        self.last: Request | None = None
+        self.lonely = 0
+
+
+def _networks(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        return {"": target}
+    found = {name: getattr(target, name, None) for name in _NETWORKS}
+    return {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+
+
+def _steps_to_come(pipe: Any) -> int | None:
+    """Model evaluations of the run that begins: known once the pipeline has set its timesteps."""
+    scheduler = getattr(pipe, "scheduler", None)
+    times = getattr(scheduler, "timesteps", None)
+    if times is None:
+        return None
+    return len(times) - int(getattr(scheduler, "begin_index", None) or 0)
+
+
+def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> None:
+    plain = network.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        request = current()
+        if request is None:
+            acceleration.lonely += 1
+            return plain(*args, **kwargs)
+        if request.steps is None and request.owner is acceleration:
+            request.steps = _steps_to_come(pipe)
+        with request.call(network):
+            return plain(*args, **kwargs)
+
+    acceleration.patch.set(network, "forward", forward)
+
+
+def _count_steps(pipe: Any, acceleration: Acceleration) -> None:
+    """The pipeline's scheduler says when a step ends; it may be another one than last time."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or getattr(scheduler.__dict__.get("step"), "owner", None) is acceleration:
+        return
+    plain = scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        request = current()
+        if request is not None and request.owner is acceleration:
+            request.advance()
+        return out
+
+    step.owner = acceleration  # type: ignore[attr-defined]
+    acceleration.patch.set(scheduler, "step", step)
+
+
+def _open_requests(pipe: Any, acceleration: Acceleration) -> None:
+    """Every call of the pipeline is one request."""
+    plain = type(pipe)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _count_steps(self, acceleration)
+        run = Request(owner=acceleration)
+        try:
+            with run.active(), record() as run.rows:
+                return plain.__call__(self, *args, **kwargs)
+        finally:
+            run.state.clear()
+            acceleration.last = run
+
+    names = {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    acceleration.patch.set_class(pipe, type(plain.__name__, (plain,), names))
+
+
+def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
+    """Make a diffusers pipeline, or a network on its own, faster.
+
+    Args:
+        target: a pipeline with a ``unet`` or ``transformer``, or an ``nn.Module``. Changed in
+            place; :func:`restore` takes every change back.
+        cache: a policy of ``fastdiff.cache``; None computes everything. Caches work within a run:
+            a call of the pipeline, or ``with fastdiff.request():`` around a loop of your own.
+        exact: attention, norms, activations and residuals run on our operations.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        ValueError: ``target`` is accelerated already, has no network, or is one that ``cache``
+            cannot run on; nothing is changed then.
+    """
+    if _KEY in getattr(target, "__dict__", {}):
+        raise ValueError("accelerate: target is accelerated already, need restore(target) before")
+    networks = _networks(target)
+    if not networks:
+        raise ValueError(
+            f"accelerate: target is {type(target).__name__}, need an nn.Module or a pipeline "
+            f"with one of {', '.join(_NETWORKS)}"
+        )
+    for name, network in networks.items():
+        if _KEY in network.__dict__:
+            raise ValueError(f"accelerate: {name} is accelerated already, need restore before")
+    acceleration = Acceleration()
+    patch = acceleration.patch
+    try:
+        for name, network in networks.items():
+            parts = integrations.exact(network, patch) if exact else []
+            if cache is not None:
+                parts += integrations.reuse(network, cache, patch)
+            acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
+            _count_calls(network, target, acceleration)
+            patch.set(network, _KEY, acceleration)
+        if target not in networks.values():
+            _open_requests(target, acceleration)
+            patch.set(target, _KEY, acceleration)
+    except BaseException:
+        patch.undo()
+        raise
+    return target
+
+
+def _acceleration(who: str, target: Any) -> Acceleration:
+    found = getattr(target, "__dict__", {}).get(_KEY)
+    if found is None:
+        raise ValueError(f"{who}: target is {type(target).__name__}, which is not accelerated")
+    return found
+
+
+def restore(target: Any) -> Any:
+    """Take back what :func:`accelerate` changed; gives ``target``.
+
+    Raises:
+        ValueError: it is not accelerated.
+    """
+    _acceleration("restore", target).patch.undo()
+    return target
+
+
+@contextmanager
+def accelerated(target: Any, **settings: Any) -> Iterator[Any]:
+    """:func:`accelerate` for the length of a ``with`` block."""
+    accelerate(target, **settings)
+    try:
+        yield target
+    finally:
+        restore(target)
+
+
+@contextmanager
+def request(steps: int | None = None, calls_per_step: int = 1) -> Iterator[Request]:
+    """One run of a loop of your own, in which caches work from step to step.
+
+    Args:
+        steps: model evaluations to come, for policies that plan ahead.
+        calls_per_step: calls of the network in a step: 2 where guidance calls it twice.
+    """
+    run = Request(steps, calls_per_step)
+    try:
+        with run.active(), record() as run.rows:
+            yield run
+    finally:
+        run.state.clear()

@@ -1,0 +1,1 @@
+"""Cache policies: when to compute and when to reuse. Pure; the engine holds their state."""

@@ -1,0 +1,88 @@
+"""What lives across the steps of one run, and the run that is current in this thread or task.
+
+A :class:`Request` holds everything that a cache keeps from step to step. Modules, classes and
+globals hold nothing of a run: the current request stands in a context variable, so that runs in
+several threads, or generators that take turns, each see their own, and an exception drops it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+_current: ContextVar[Request | None] = ContextVar("fastdiff_request", default=None)
+
+
+class Event(NamedTuple):
+    """What one model call did: ``computed[b]`` of a part of the network, for every sample b."""
+
+    step: int
+    slot: Hashable  # (model, call within the step)
+    part: str  # "blocks 1-27", "down 1-3", ...
+    computed: tuple[bool, ...]  # False: reused or forecast
+    how: str  # "full", "reuse", "forecast", ...
+
+
+class Request:
+    """State of one run.
+
+    Attributes:
+        steps: model evaluations to come in all, None where nobody knows.
+        step: the evaluation in work, from 0. The caller counts, never a search for a timestep:
+            samplers may visit one level twice.
+        state: what policies keep, by a key that begins with :meth:`slot`.
+        trace: what every model call did.
+        syncs: how often the host waited for a decision.
+        rows: which row of which op ran how often, ``{("attention", "native"): 24}``.
+        owner: whose run it is, None for one that the user opened.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        calls_per_step: int | None = None,
+        owner: object | None = None,
+    ):
+        for name, value in (("steps", steps), ("calls_per_step", calls_per_step)):
+            if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
+                raise ValueError(f"request: {name} is {value!r}, need an integer of at least 1")
+        self.steps, self._calls_per_step = steps, calls_per_step
+        self.step = 0
+        self.state: dict[Hashable, Any] = {}
+        self.trace: list[Event] = []
+        self.syncs = 0
+        self.rows: Counter[tuple[str, str]] = Counter()
+        self.owner = owner
+        self._calls: dict[int, int] = {}
+
+    def advance(self) -> None:
+        """The next step begins."""
+        self.step += 1
+        self._calls.clear()
+
+    @contextmanager
+    def call(self, model: object) -> Iterator[Hashable]:
+        """Around one call of ``model``; gives its slot: guidance branches that are called one by
+        one within a step each have their own."""
+        number = self._calls.get(id(model), 0)
+        self._calls[id(model)] = number + 1
+        yield (id(model), number)
+        if self._calls_per_step is not None and number + 1 == self._calls_per_step:
+            self.advance()
+
+    @contextmanager
+    def active(self) -> Iterator[Request]:
+        """Inside the block this is the run that model calls belong to."""
+        token = _current.set(self)
+        try:
+            yield self
+        finally:
+            _current.reset(token)
+
+
+def current() -> Request | None:
+    """The request that calls in this context belong to."""
+    return _current.get()

@@ -1,0 +1,30 @@
+"""Other people's networks: what they are made of, and their parts on our operations.
+
+A file for each family; each has what of these it can:
+    exact(network, patch) -> list[str]: replaces parts by ours, same output; a sentence for each
+    view(network) -> BlockView | None: the network as a list of blocks, for cache policies
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastdiff.engine.patch import Patch
+
+
+def exact(network: nn.Module, patch: Patch) -> list[str]:
+    """Run parts of ``network`` on our operations; sentences that name what was changed."""
+    return []
+
+
+def reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
+    """Let ``policy`` skip parts of ``network``; sentences that name them.
+
+    Raises:
+        ValueError: this policy cannot run on this class of network.
+    """
+    raise ValueError(
+        f"accelerate: cache is {policy!r}, which does not run on {type(network).__name__}"
+    )

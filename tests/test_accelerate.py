@@ -1,0 +1,89 @@
+"""accelerate, restore and requests, on a network and a pipeline of diffusers."""
+
+import diffusers
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.engine.request import current
+
+
+def dit():
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def pipeline():
+    scheduler = diffusers.DDIMScheduler()
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4).eval()
+    pipe = diffusers.DiTPipeline(dit(), vae, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def attributes(module):
+    return {name: set(m.__dict__) for name, m in module.named_modules()}
+
+
+def test_restore_gives_back_types_and_attributes():
+    pipe = pipeline()
+    cls, before, keys = type(pipe), attributes(pipe.transformer), set(pipe.__dict__)
+    steps = set(pipe.scheduler.__dict__)
+    assert fastdiff.accelerate(pipe) is pipe
+    assert isinstance(pipe, cls) and type(pipe).__name__ == cls.__name__
+    pipe(class_labels=[1], num_inference_steps=2, output_type="np")
+    with pytest.raises(ValueError, match="already"):
+        fastdiff.accelerate(pipe)
+    fastdiff.restore(pipe)
+    assert type(pipe) is cls and attributes(pipe.transformer) == before
+    assert set(pipe.__dict__) == keys and "step" not in set(pipe.scheduler.__dict__) - steps
+    with pytest.raises(ValueError, match="not accelerated"):
+        fastdiff.restore(pipe)
+
+
+def test_a_failed_accelerate_changes_nothing():
+    pipe = pipeline()
+    cls, before = type(pipe), attributes(pipe.transformer)
+    with pytest.raises(ValueError, match="cache is 'nonsense'"):
+        fastdiff.accelerate(pipe, cache="nonsense")
+    assert type(pipe) is cls and attributes(pipe.transformer) == before
+
+
+def test_steps_are_counted_also_with_a_scheduler_put_in_later():
+    pipe = fastdiff.accelerate(pipeline())
+    seen = []
+    for scheduler in (pipe.scheduler, diffusers.HeunDiscreteScheduler()):
+        pipe.scheduler = scheduler
+
+        def look(*args, **kwargs):
+            seen.append((current().step, current().steps))
+
+        hook = pipe.transformer.register_forward_hook(look)
+        pipe(class_labels=[1, 2], num_inference_steps=3, output_type="np")
+        hook.remove()
+    assert seen == [(0, 3), (1, 3), (2, 3)] + [(i, 5) for i in range(5)]
+    assert current() is None
+
+
+def test_an_error_in_a_step_drops_the_request():
+    pipe = fastdiff.accelerate(pipeline())
+
+    def fail(*_):
+        raise RuntimeError("interrupted")
+
+    hook = pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        pipe(class_labels=[1], num_inference_steps=3, output_type="np")
+    hook.remove()
+    assert current() is None
+
+
+def test_what_is_no_network():
+    with pytest.raises(ValueError, match="target is dict"):
+        fastdiff.accelerate({})
