@@ -15,9 +15,11 @@ SHAPES = ((2, 4, 64, 64), (2, 4, 128, 128), (2, 16, 128, 128))
 GUIDANCE, PHI, STEP = 4.0, 0.7, 10
 
 
-def _eager(x: Tensor, m: Tensor, h1: Tensor, row: Tensor, noise: bool) -> tuple[Tensor, Tensor]:
+def _eager(
+    x: Tensor, m: Tensor, h1: Tensor, row: list[float], noise: bool
+) -> tuple[Tensor, Tensor]:
     """The same step as pipelines write it, one torch call per operation."""
-    _, _, c_x, c_0, c_m, c_h1, _, sigma, k_x, _, k_m, *_ = row.tolist()
+    _, _, c_x, c_0, c_m, c_h1, _, sigma, k_x, _, k_m, *_ = row
     uncond, cond = m
     guided = uncond + GUIDANCE * (cond - uncond)
     dims = list(range(1, x.dim()))
@@ -33,17 +35,16 @@ def _eager(x: Tensor, m: Tensor, h1: Tensor, row: Tensor, noise: bool) -> tuple[
 def _case(shape: tuple[int, ...], dtype: torch.dtype, noise: bool) -> Case:
     x, h1 = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     m = torch.randn(2, *shape).to(dtype)
-    table = DPMpp2M(sde=noise).table(VP(), 20, "eps", None)
+    with torch.device("cpu"):
+        table = DPMpp2M(sde=noise).table(VP(), 20, "eps", None).rows
+    rows, row = table.to(x.device), table[STEP].tolist()
     w = torch.tensor([[1 - GUIDANCE, GUIDANCE]]).expand(shape[0], 2).contiguous()
     step, seeds = torch.tensor(STEP), torch.arange(shape[0])
     drawn = Noise(seeds, 0, step) if noise else None
 
     def fast() -> tuple[Tensor, Tensor]:
-        return fused_step(
-            x, m, table.rows, step=step, w=w, rescale=PHI, h1=h1, noise=drawn, keep=True
-        )
+        return fused_step(x, m, rows, step=step, w=w, rescale=PHI, h1=h1, noise=drawn, keep=True)
 
-    row = table.rows[STEP]
     return Case(
         f"{list(shape)} {str(dtype)[6:]}{' noise' if noise else ''}",
         fast,
@@ -61,7 +62,7 @@ def cases() -> list[Case]:
     result.append(
         Case(
             f"philox_normal {list(z.shape)} float32",
-            lambda: philox_normal(z.shape, 0),
+            lambda: philox_normal(z.shape, 0, device=z.device),
             {"eager": lambda: torch.randn_like(z)},
             bytes=4.0 * z.numel(),
             comparable=False,

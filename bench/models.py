@@ -72,8 +72,13 @@ def call(
 
 def cases() -> list[Case]:
     """Targets: 1.15 over eager, 1.05 over torch.compile, bfloat16 no slower than float32."""
-    result = []
-    for name, ours, plain, args, kwargs in networks():
+    result, device = [], torch.get_default_device()
+    with torch.device("cpu"):  # the same weights for every device
+        made = networks()
+    for name, ours, plain, args, kwargs in made:
+        ours, plain = ours.to(device), plain.to(device)
+        args = tuple(a.to(device) for a in args)
+        kwargs = {key: value.to(device) for key, value in kwargs.items()}
         fast = call(ours, args, kwargs)
         arms = {"eager": call(plain, args, kwargs)}
         arms[COMPILE] = call(torch.compile(plain), args, kwargs)

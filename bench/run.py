@@ -352,7 +352,7 @@ def parser() -> Parser:
         "--level", choices=fastdiff.cpu_levels(), help="instruction set of native kernels"
     )
     p.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
-    p.add_argument("--device", default="cpu", help="whose limits are measured (default: cpu)")
+    p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--round-ms", type=float, default=20.0)
     p.add_argument(
@@ -397,6 +397,10 @@ def main(argv: list[str] | None = None) -> int:
         fastdiff.set_cpu_level(args.level)
     rounds, round_ms = (5, 5.0) if args.quick else (args.rounds, args.round_ms)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        p.error(
+            f"--device is {args.device}, need a CUDA device: torch {torch.__version__} sees none"
+        )
     limits, about = Limits(rounds, round_ms, device), facts(device)
     print("  ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     done: list[dict[str, Any]] = []
@@ -412,7 +416,9 @@ def main(argv: list[str] | None = None) -> int:
             if not tests_of(op):
                 print("  (no tests beside this folder: outputs are compared with the baseline)")
         torch.manual_seed(0)
-        for case in load(HERE / f"{op}.py").cases():
+        with device:
+            cases = list(load(HERE / f"{op}.py").cases())
+        for case in cases:
             if args.only not in case.name:
                 continue
             wrong = disagreement(case)

@@ -1,0 +1,91 @@
+"""What a GPU has to show: every row of every op, and sampling, on ``cuda`` (``pytest -m gpu``).
+
+The same functions run on the CPU in every test run, so that the first run on a GPU tests kernels
+and not this file.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import info, models, ops
+from fastdiff.testing import assert_close
+
+ROOT = Path(__file__).parents[1]
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+INTEGERS = {"gather_tokens", "scatter_tokens"}  # int64 arguments are rows, each at most once
+
+
+def arguments(op, of):
+    """The typical call of an op with values, on the CPU; and the same call in float64."""
+    wide = {}
+
+    def new(*shape, dtype=None):
+        if dtype == torch.int64:
+            if op in INTEGERS:
+                return torch.stack([torch.randperm(256)[: shape[1]] for _ in range(shape[0])])
+            return torch.arange(shape[0])
+        if dtype is not None:  # a table of coefficients, which stays float32
+            return torch.rand(shape, dtype=dtype)
+        t = torch.randn(shape).to(of)
+        wide[id(t)] = t.double()
+        return t
+
+    args = info.CALLS[op](new)
+    return args, tuple(wide.get(id(a), a) for a in args)
+
+
+def moved(values, to):
+    return tuple(v.to(to) if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def tensors(out):
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.bfloat16)]
+    + [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in info.DTYPES],
+)
+@pytest.mark.parametrize("op", info.op_names())
+def test_every_row_that_takes_a_call_is_right(op, device, dtype):
+    args, wide = arguments(op, dtype)
+    there = moved(args, device)
+    with fastdiff.use("ref"):
+        wanted = tensors(getattr(ops, op)(*wide))
+    rows = [name for name, no in fastdiff.explain(getattr(ops, op), *there).items() if no is None]
+    assert rows and rows[-1] == "ref"
+    with fastdiff.use("ref"):
+        eager = tensors(getattr(ops, op)(*there))
+    for row in rows:
+        with fastdiff.use(row):
+            out = tensors(getattr(ops, op)(*there))
+        assert len(out) == len(wanted)
+        for got, want, plain in zip(out, wanted, eager, strict=True):
+            assert got.device.type == device
+            assert_close(got.cpu(), want, plain.cpu(), factor=3.0, what=f"{op}, row {row}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ("dit-digits", "unet-digits"))
+def test_sampling_gives_what_the_reference_gives_on_the_cpu(name, device):
+    model, _ = models.load(name)
+    given = dict(steps=4, classes=torch.arange(2), guidance=2.0, seed=3)
+    with fastdiff.use("ref"):
+        want = fastdiff.sample(model, (2, 1, 32, 32), **given)
+    got = fastdiff.sample(model.to(device), (2, 1, 32, 32), **given)
+    assert got.device.type == device
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_benches_run_on_a_gpu():
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--device", "cuda", "--quick"]
+    done = subprocess.run([*command, "--no-tests"], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr  # 1: a figure is below its target
+    assert "no figures" not in done.stdout
