@@ -147,3 +147,10 @@ def moved(*values: Any) -> int:
             if isinstance(t, Tensor):
                 seen[t.data_ptr()] = t.numel() * t.element_size()
     return sum(seen.values())
+
+
+def traffic(op: str, args: tuple[Any, ...], out: Any) -> int:
+    """Bytes that a call of ``op`` must read and write."""
+    if op == "gather_tokens":  # of the tokens only those asked for
+        return moved(args[1]) + 2 * moved(out)
+    return moved(*args, out)

@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdiff import kernels, ops
-from fastdiff.gpu_cases import Case, cases, moved
+from fastdiff.gpu_cases import Case, cases, traffic
 from fastdiff.gpu_code import read_amdgcn, read_cubin
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -115,7 +115,7 @@ def launch(case: Case, target: str, every: bool = False) -> Iterator[dict[str, A
                 {"op": case.op, "case": case.name}
                 | report
                 | extra
-                | {"bytes": moved(*row_args, out)}
+                | {"bytes": traffic(case.op, row_args, out)}
             )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fastdiff import _native, ops
-from fastdiff.gpu_cases import Case, moved
+from fastdiff.gpu_cases import Case, traffic
 from fastdiff.gpu_code import Code, read_cuda
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -138,6 +138,6 @@ def launches(case: Case, path: Path) -> Iterator[dict[str, Any]]:
             "grid": list(fields[:3]),
             "block": list(fields[3:6]),
             "shared": fields[6],
-            "bytes": moved(*placed, out),
+            "bytes": traffic(case.op, placed, out),
         }
         i += 1

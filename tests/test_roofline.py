@@ -34,6 +34,8 @@ def test_bytes():
     y = torch.empty(7)
     assert gpu_cases.moved(x, (y, None), 3) == 30 + 28
     assert gpu_cases.moved(x, x, x.view(15)) == 30  # once
+    index = torch.zeros(1, 2, dtype=torch.int64)
+    assert gpu_cases.traffic("gather_tokens", (y, index), torch.zeros(1, 2, 3)) == 16 + 2 * 24
 
 
 def test_bounds(roofline):
