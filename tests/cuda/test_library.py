@@ -66,5 +66,5 @@ def test_nvrtc_gives_what_nvcc_gives(path, arch, tmp_path):
     theirs = registers(out.read_bytes(), tmp_path)
     assert theirs and set(theirs) <= set(ours)
     for name, count in theirs.items():
-        # Fewer happens: NVRTC keeps some addresses in 64 bits and ptxas then picks another schedule.
+        # Fewer happens: NVRTC keeps addresses in 64 bits and ptxas picks another schedule.
         assert ours[name] <= max(count + 2, 1.1 * count), name
