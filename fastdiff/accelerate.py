@@ -41,6 +41,10 @@ def _networks(target: Any) -> dict[str, nn.Module]:
     return {name: m for name, m in found.items() if isinstance(m, nn.Module)}
 
 
+def _refuse_copy(_: Any) -> Any:
+    raise ValueError("deepcopy: this object is accelerated, need fastdiff.restore() before")
+
+
 def _steps_to_come(pipe: Any) -> int | None:
     """Model evaluations of the run that begins: known once the pipeline has set its timesteps."""
     scheduler = getattr(pipe, "scheduler", None)
@@ -140,6 +144,7 @@ def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
             acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
             _count_calls(network, target, acceleration)
             patch.set(network, _KEY, acceleration)
+            patch.set(network, "__deepcopy__", _refuse_copy)  # it would run the original's parts
         if target not in networks.values():
             _open_requests(target, acceleration)
             patch.set(target, _KEY, acceleration)
@@ -161,8 +166,14 @@ def restore(target: Any) -> Any:
 
     Raises:
         ValueError: it is not accelerated.
+        RuntimeError: something else (an offloading hook, say) has replaced what ``accelerate``
+            replaced; nothing is taken back then. Remove that first.
     """
-    _acceleration("restore", target).patch.undo()
+    patch = _acceleration("restore", target).patch
+    reason = patch.foreign()
+    if reason is not None:
+        raise RuntimeError(f"restore: {reason}; need that taken back first")
+    patch.undo()
     return target
 
 

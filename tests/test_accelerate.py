@@ -1,5 +1,7 @@
 """accelerate, restore and requests, on a network and a pipeline of diffusers."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -87,3 +89,23 @@ def test_an_error_in_a_step_drops_the_request():
 def test_what_is_no_network():
     with pytest.raises(ValueError, match="target is dict"):
         fastdiff.accelerate({})
+
+
+def test_a_copy_is_refused_and_possible_again_after_restore():
+    model = fastdiff.accelerate(dit())
+    with pytest.raises(ValueError, match="need fastdiff.restore"):
+        copy.deepcopy(model)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 7]), torch.tensor([1, 2])
+    want = fastdiff.restore(model)(x, timestep=t, class_labels=y).sample
+    assert torch.equal(copy.deepcopy(model)(x, timestep=t, class_labels=y).sample, want)
+
+
+def test_restore_refuses_where_someone_else_came_later():
+    model = fastdiff.accelerate(dit())
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="forward of a DiT.* was changed by someone else"):
+        fastdiff.restore(model)
+    model.forward = ours
+    fastdiff.restore(model)
+    assert "forward" not in model.__dict__

@@ -14,22 +14,34 @@ class Patch:
     """
 
     def __init__(self) -> None:
-        self._changes: list[tuple[Any, str, Any]] = []
+        self._changes: list[tuple[Any, str, Any, Any]] = []  # target, name, old, new
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """``target.name = value`` in the instance's dictionary."""
-        self._changes.append((target, name, target.__dict__.get(name, _ABSENT)))
+        self._changes.append((target, name, target.__dict__.get(name, _ABSENT), value))
         target.__dict__[name] = value
 
     def set_class(self, target: Any, cls: type) -> None:
         """``target`` becomes an instance of ``cls``, a subclass of its class."""
-        self._changes.append((target, "__class__", target.__class__))
+        self._changes.append((target, "__class__", target.__class__, cls))
         target.__class__ = cls
+
+    def foreign(self) -> str | None:
+        """A sentence about an attribute that someone else has changed since, or None."""
+        seen = set()
+        for target, name, _, new in reversed(self._changes):
+            if (id(target), name) in seen:
+                continue  # changed twice by us: the last one counts
+            seen.add((id(target), name))
+            now = target.__class__ if name == "__class__" else target.__dict__.get(name, _ABSENT)
+            if now is not new:
+                return f"{name} of a {type(target).__name__} was changed by someone else since"
+        return None
 
     def undo(self) -> None:
         """Every object as it was."""
         while self._changes:
-            target, name, old = self._changes.pop()
+            target, name, old, _ = self._changes.pop()
             if name == "__class__":
                 target.__class__ = old
             elif old is _ABSENT:
