@@ -47,6 +47,9 @@ def _refuse_copy(_: Any) -> Any:
 
 def _steps_to_come(pipe: Any) -> int | None:
     """Model evaluations of the run that begins: known once the pipeline has set its timesteps."""
+    counted = getattr(pipe, "_num_timesteps", None)  # set by most, without what strength cuts off
+    if counted is not None:
+        return int(counted)
     scheduler = getattr(pipe, "scheduler", None)
     times = getattr(scheduler, "timesteps", None)
     if times is None:

@@ -31,9 +31,10 @@ class Request:
 
     Attributes:
         steps: model evaluations to come in all, None where nobody knows.
+        slot: of the model call in work, None between calls.
         step: the evaluation in work, from 0. The caller counts, never a search for a timestep:
             samplers may visit one level twice.
-        state: what policies keep, by a key that begins with :meth:`slot`.
+        state: what policies keep, by a key that begins with ``slot``.
         trace: what every model call did.
         syncs: how often the host waited for a decision.
         rows: which row of which op ran how often, ``{("attention", "native"): 24}``.
@@ -51,6 +52,7 @@ class Request:
                 raise ValueError(f"request: {name} is {value!r}, need an integer of at least 1")
         self.steps, self._calls_per_step = steps, calls_per_step
         self.step = 0
+        self.slot: Hashable = None
         self.state: dict[Hashable, Any] = {}
         self.trace: list[Event] = []
         self.syncs = 0
@@ -69,7 +71,11 @@ class Request:
         one within a step each have their own."""
         number = self._calls.get(id(model), 0)
         self._calls[id(model)] = number + 1
-        yield (id(model), number)
+        outer, self.slot = self.slot, (id(model), number)
+        try:
+            yield self.slot
+        finally:
+            self.slot = outer
         if self._calls_per_step is not None and number + 1 == self._calls_per_step:
             self.advance()
 

@@ -34,3 +34,65 @@ class BlockView(NamedTuple):
     """A network as a list of residual blocks, all with the same streams ``[B, N, C]``."""
 
     blocks: Sequence[Block]
+
+
+class Join(NamedTuple):
+    """What a call hands to a stage of the way up.
+
+    Attributes:
+        hidden: ``[B, C, h, w]``, from below.
+        skips: from the way down, the outermost first; the stage's first layer takes the last.
+        size: ``(h, w)`` that the stage grows to, None where it doubles.
+    """
+
+    hidden: Tensor
+    skips: tuple[Tensor, ...]
+    size: Any = None
+
+
+class Stage(NamedTuple):
+    """One resolution of a U-Net, on its way down or up.
+
+    Attributes:
+        module: called by the network; its ``forward`` is what a policy replaces. On the way down
+            it returns ``(hidden, skips)``, on the way up ``hidden``.
+        layers: residual blocks.
+        resamples: it changes the size after them; on the way down that result is a skip too.
+        part: ``part(first, last, resample)`` gives a forward that runs layers
+            ``first..last - 1``, then changes the size or not. A part of the way down returns the
+            skips of its own layers alone.
+        read: ``read(args, kwargs)``: what a call hands to a stage of the way up.
+        write: ``write(args, kwargs, join)`` gives ``(args, kwargs)`` with another; ``join`` stays
+            unwritten whatever the stage does.
+    """
+
+    module: nn.Module
+    layers: int
+    resamples: bool
+    part: Callable[[int, int, bool], Callable[..., Any]]
+    read: Callable[[tuple[Any, ...], dict[str, Any]], Join]
+    write: Callable[[tuple[Any, ...], dict[str, Any], Join], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class UNetView(NamedTuple):
+    """A network that goes down a list of stages, through a middle, and up again over skips.
+
+    Attributes:
+        conv_in: the input convolution, which gives the first skip.
+        down: stages in calling order, the outermost first.
+        mid: the middle, None where there is none.
+        up: stages in calling order, the outermost last.
+        sample: ``sample(args, kwargs)``: the noisy input ``[B, C, H, W]`` of a call.
+        trim: ``trim(args, kwargs, skips, mid)`` gives ``(args, kwargs)`` of a call in which only
+            the first ``skips`` skips, and the middle's result where ``mid``, are still there: what
+            a caller adds to the others is left out.
+    """
+
+    conv_in: nn.Module
+    down: Sequence[Stage]
+    mid: nn.Module | None
+    up: Sequence[Stage]
+    sample: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+    trim: Callable[
+        [tuple[Any, ...], dict[str, Any], int, bool], tuple[tuple[Any, ...], dict[str, Any]]
+    ]

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from fastdiff.cache import DeepCache
+from fastdiff.engine import reuse_unet
 from fastdiff.engine.patch import Patch
+from fastdiff.integrations import unet_views
 
 
 def exact(network: nn.Module, patch: Patch) -> list[str]:
@@ -25,6 +28,11 @@ def reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
     Raises:
         ValueError: this policy cannot run on this class of network.
     """
+    if isinstance(policy, DeepCache):
+        view = unet_views.view(network)
+        if isinstance(view, str):
+            raise ValueError(f"accelerate: cache is {policy!r}, which needs a U-Net: {view}")
+        return reuse_unet.deepcache(network, view, policy, patch)
     raise ValueError(
         f"accelerate: cache is {policy!r}, which does not run on {type(network).__name__}"
     )

@@ -74,7 +74,7 @@ class PlainUNet(UNet):
             for i in range(len(stage.resnets)):
                 h = self._layer(stage, i, h, time, context)
                 skips.append(h)
-            if hasattr(stage, "downsamplers"):
+            if stage.downsamplers is not None:
                 h = stage.downsamplers[0].conv(h)
                 skips.append(h)
         h = self._layer(self.mid_block, 0, h, time, context)
@@ -82,7 +82,7 @@ class PlainUNet(UNet):
         for stage in self.up_blocks:
             for i in range(len(stage.resnets)):
                 h = self._layer(stage, i, torch.cat([h, skips.pop()], dim=1), time, context)
-            if hasattr(stage, "upsamplers"):
+            if stage.upsamplers is not None:
                 h = stage.upsamplers[0].conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)
 

@@ -139,10 +139,53 @@ class Transformer(nn.Module):
 class _Stage(nn.Module):
     """One resolution: residual blocks, each with a transformer or none, then a change of size."""
 
+    downsamplers: Any
+    upsamplers: Any
+
     def __init__(self, resnets: list[Resnet], attentions: list[Transformer]):
         super().__init__()
+        self.downsamplers = self.upsamplers = None
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
+
+
+class _Down(_Stage):
+    def forward(
+        self, h: Tensor, time: Tensor, context: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and the skips: of every layer, and the result where it is smaller."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, time)
+            if len(self.attentions):
+                h = self.attentions[i](h, context)
+            skips.append(h)
+        if self.downsamplers is not None:
+            h = self.downsamplers[0].conv(h)
+            skips.append(h)
+        return h, tuple(skips)
+
+
+class _Mid(_Stage):
+    def forward(self, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        h = self.resnets[0](h, time)
+        for attention in self.attentions:
+            h = attention(h, context)
+        return self.resnets[1](h, time)
+
+
+class _Up(_Stage):
+    def forward(
+        self, h: Tensor, skips: tuple[Tensor, ...], time: Tensor, context: Tensor
+    ) -> Tensor:
+        """The first layer takes the last of ``skips``, one for each layer."""
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(torch.cat([h, skips[-1 - i]], dim=1), time)
+            if len(self.attentions):
+                h = self.attentions[i](h, context)
+        if self.upsamplers is not None:
+            h = self.upsamplers[0].conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return h
 
 
 def _sampler(channels: int, stride: int) -> nn.ModuleList:
@@ -247,7 +290,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips, c = [first], first
         for level, c_out in enumerate(channels):
-            stage = _Stage([], transformers(level, layers_per_block))
+            stage: _Stage = _Down([], transformers(level, layers_per_block))
             for _ in range(layers_per_block):
                 stage.resnets.append(resnet(c, c_out))
                 c = c_out
@@ -261,10 +304,10 @@ class UNet(nn.Module):
             if mid_depth
             else []
         )
-        self.mid_block = _Stage([resnet(c, c), resnet(c, c)], mid)
+        self.mid_block = _Mid([resnet(c, c), resnet(c, c)], mid)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
-            stage = _Stage([], transformers(level, layers_per_block + 1))
+            stage = _Up([], transformers(level, layers_per_block + 1))
             for _ in range(layers_per_block + 1):
                 stage.resnets.append(resnet(c + skips.pop(), channels[level]))
                 c = channels[level]
@@ -329,27 +372,15 @@ class UNet(nn.Module):
         time = self.condition(t)
         # Channels-last: oneDNN's and cuDNN's layout, and pixels are then tokens without a copy.
         h = self.conv_in(x.to(time.dtype).contiguous(memory_format=torch.channels_last))
-        skips = [h]
+        skips: tuple[Tensor, ...] = (h,)
         for stage in self.down_blocks:
-            for i, resnet in enumerate(stage.resnets):
-                h = resnet(h, time)
-                if len(stage.attentions):
-                    h = stage.attentions[i](h, context)
-                skips.append(h)
-            if hasattr(stage, "downsamplers"):
-                h = stage.downsamplers[0].conv(h)
-                skips.append(h)
-        h = self.mid_block.resnets[0](h, time)
-        for attention in self.mid_block.attentions:
-            h = attention(h, context)
-        h = self.mid_block.resnets[1](h, time)
+            h, more = stage(h, time, context)
+            skips += more
+        h = self.mid_block(h, time, context)
         for stage in self.up_blocks:
-            for i, resnet in enumerate(stage.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), time)
-                if len(stage.attentions):
-                    h = stage.attentions[i](h, context)
-            if hasattr(stage, "upsamplers"):
-                h = stage.upsamplers[0].conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            count = len(stage.resnets)
+            h = stage(h, skips[-count:], time, context)
+            skips = skips[:-count]
         n = self.conv_norm_out
         h = ops.group_norm_silu(h, n.num_groups, n.weight, n.bias, eps=n.eps)
         return self.conv_out(h).to(x.dtype)

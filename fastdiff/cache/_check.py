@@ -1,0 +1,29 @@
+"""Checks of policies' arguments: errors that name the policy, the argument, its value, the need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def whole(who: str, name: str, value: object, low: int) -> int:
+    """``value`` as an integer of at least ``low``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{who}: {name} is {value!r}, need an integer of at least {low}")
+    return value
+
+
+def step_list(who: str, name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """``value`` as ascending steps, of which the first is 0: nothing can be reused before.
+
+    Raises:
+        ValueError: not integers, not ascending, or not from 0.
+    """
+    steps = tuple(value)
+    good = all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
+    if not good or not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
+        raise ValueError(f"{who}: {name} is {list(steps)!r}, need ascending integers from 0")
+    return steps
