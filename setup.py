@@ -4,7 +4,8 @@
 ``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
 of ``LEVELS`` into its own namespace, so that the linker can never merge code of two levels.
 ``csrc/cuda/*.cu`` become fastdiff/_cuda.so where there is nvcc: a library of its own without torch,
-which the extension loads at run time, so that it needs no CUDA build of torch.
+which the extension loads at run time, so that it needs no CUDA build of torch. Without nvcc their
+host halves become fastdiff/_cuda_driver.so, and NVRTC compiles the kernels when they are used.
 
 Environment: ``FASTDIFF_CUDA`` 0|1 (default: 1 where nvcc and CUDA sources exist),
 ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``FASTDIFF_SANITIZE`` ("address,undefined"),
@@ -76,7 +77,7 @@ def cuda_request():
     if want == "1" and not nvcc:
         raise SystemExit("fastdiff: FASTDIFF_CUDA=1 but nvcc is not on PATH")
     if not nvcc:
-        return None, "CUDA off (no nvcc on PATH)"
+        return None, "CUDA kernels by NVRTC when they are used (no nvcc on PATH)"
     if not sources:
         return None, "CUDA off (this version has no CUDA sources; GPU rows are Triton)"
     return nvcc, f"CUDA on ({nvcc}, {cuda_archs()})"
@@ -117,6 +118,17 @@ def build_cuda(nvcc):
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", library], check=True)
 
 
+def build_driver():
+    """The host halves of csrc/cuda/*.cu, by the C++ compiler; NVRTC compiles the kernels later."""
+    cxx = os.environ.get("CXX", "g++")
+    command = [cxx, "-std=c++20", "-O1", "-fPIC", "-shared", "-DFASTDIFF_DRIVER", "-g0"]
+    command += ["-Wno-unknown-pragmas", f"-I{HERE / 'csrc'}", f"-I{HERE / 'csrc' / 'cuda'}"]
+    command += ["-x", "c++", *map(str, sorted(HERE.glob("csrc/cuda/*.cu"))), "-x", "none"]
+    command += [str(HERE / "csrc/cuda/driver.cpp"), str(HERE / "csrc/simt/runtime.cpp"), "-ldl"]
+    library = str(HERE / "fastdiff" / "_cuda_driver.so")
+    subprocess.run([*command, "-o", library], check=True)
+
+
 def extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -131,8 +143,12 @@ def extension():
             for level, isa in LEVELS.items():
                 ext.extra_objects += self.compile_level(ext, level, isa)
             super().build_extensions()
+            for name in ("_cuda.so", "_cuda_driver.so"):  # one of the two, never a stale one
+                (HERE / "fastdiff" / name).unlink(missing_ok=True)
             if nvcc:
                 build_cuda(nvcc)
+            elif os.environ.get("FASTDIFF_CUDA") != "0":
+                build_driver()
 
         def compile_level(self, ext, level, isa):
             from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +215,7 @@ if not reason:
 (HERE / "fastdiff" / "_build_info.json").write_text(json.dumps(record, indent=1) + "\n")
 
 packages = ["fastdiff", "fastdiff.kernels", "fastdiff.bench"]
+packages += [f"fastdiff.csrc{folder}" for folder in ("", ".cpu", ".cuda", ".simt")]
 packages += [
     "fastdiff." + str(p.parent.relative_to(HERE / "fastdiff")).replace("/", ".")
     for p in sorted((HERE / "fastdiff").rglob("__init__.py"))
@@ -207,9 +224,19 @@ packages += [
 # bench/ has no __init__.py: its files are scripts that fastdiff/cli.py finds by path.
 setup(
     packages=packages,
-    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.bench": "bench"},
+    package_dir={
+        "fastdiff": "fastdiff",
+        "fastdiff.kernels": "kernels",
+        "fastdiff.bench": "bench",
+        "fastdiff.csrc": "csrc",
+    },
     py_modules=["fastdiff_engine"],
-    package_data={"fastdiff": ["py.typed", "_build_info.json", "_cuda.so", "checkpoints/*"]},
+    package_data={
+        "fastdiff": ["py.typed", "_build_info.json", "_cuda*.so", "checkpoints/*"],
+        "fastdiff.csrc.cpu": ["*.h"],  # what NVRTC compiles
+        "fastdiff.csrc.cuda": ["*.cu", "*.h"],
+        "fastdiff.csrc.simt": ["*"],
+    },
     ext_modules=exts,
     cmdclass=commands,
 )

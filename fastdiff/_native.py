@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdiff import _nvrtc
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +73,7 @@ def why_not_native(
         if t.device.type == "cuda":
             if gpu is None:
                 return f"a tensor is on {t.device}; this op's native kernels are for the cpu"
-            reason = _C.why_not_gpu(gpu)
+            reason = _C.why_not_gpu(gpu) or (_why_not_compiled() if _by_nvrtc() else None)
             if reason:
                 return str(reason)
         elif t.device.type != "cpu":
@@ -82,7 +85,29 @@ def why_not_native(
     return None
 
 
+def _by_nvrtc() -> bool:
+    return not GPU_LIBRARY.exists() and DRIVER_LIBRARY.exists()
+
+
+@lru_cache(maxsize=1)
+def _why_not_compiled() -> str | None:
+    return _nvrtc.why_not()
+
+
+def gpu_kernels() -> str:
+    """Where the CUDA kernels come from, in words."""
+    if _by_nvrtc():
+        reason = _why_not_compiled()
+        return f"NVRTC, which cannot: {reason}" if reason else "NVRTC, at the first call"
+    return "nvcc, when the package was built" if GPU_LIBRARY.exists() else "none were built"
+
+
 _levels_missing = _C is not None and not cpu_levels()
-GPU_LIBRARY = Path(__file__).with_name("_cuda.so")  # built where nvcc was
+# One of the two: built by nvcc; or, where there was none, by the C++ compiler for NVRTC's kernels.
+GPU_LIBRARY = Path(__file__).with_name("_cuda.so")
+DRIVER_LIBRARY = Path(__file__).with_name("_cuda_driver.so")
 if _C is not None and GPU_LIBRARY.exists():
     _C.load_gpu_library(str(GPU_LIBRARY), False)
+elif _C is not None and DRIVER_LIBRARY.exists():
+    _C.load_gpu_library(str(DRIVER_LIBRARY), False)
+    _nvrtc.serve(DRIVER_LIBRARY)

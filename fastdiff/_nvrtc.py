@@ -1,19 +1,28 @@
 """Compiles csrc/cuda/*.cu by NVRTC: CUDA's compiler as a library, for machines without nvcc.
 
 It needs the wheel ``nvidia-cuda-nvrtc`` (or a CUDA toolkit) and CUDA's headers, and neither a
-driver nor a device.
+driver nor a device. CuPy compiles with the same library; it is not needed for this.
+
+Where the package was built without nvcc, ``fastdiff/_cuda_driver.so`` launches the kernels through
+the GPU's driver and asks :func:`serve` for the code of a kernel file when it is first needed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+_HERE = Path(__file__).resolve().parent
+# Inside an installed package, beside it in a source tree.
+CSRC = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.exists()), _HERE / "csrc")
+_ARCHITECTURES = {90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}  # others have no "a"
 # NVRTC has no C++ library; what kernel files include of it is CUDA's own.
 _HEADERS = {
     "cstdint": "#include <cuda/std/cstdint>\nusing namespace cuda::std;\n",
@@ -88,3 +97,79 @@ def compile(source: Path, arch: str) -> bytes:
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def why_not() -> str | None:
+    """None where kernels can be compiled, else what is missing."""
+    try:
+        _library()
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    if not any((Path(folder) / "cuda_fp16.h").exists() for folder in _includes()):
+        return "CUDA's headers are not installed; need nvidia-cuda-runtime or a CUDA toolkit"
+    if not (CSRC / "cuda").exists():
+        return f"the kernels' sources are missing: {CSRC / 'cuda'}"
+    return None
+
+
+def _version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``FASTDIFF_CACHE``, else ``~/.cache/fastdiff``."""
+    given = os.environ.get("FASTDIFF_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "fastdiff"
+
+
+def cached(source: Path, arch: str) -> bytes:
+    """:func:`compile`, kept on disk for these sources, this architecture and this NVRTC.
+
+    A file that cannot be read, or was cut off, is compiled and written again; a folder that cannot
+    be written to is done without.
+    """
+    key = hashlib.sha256(f"{source.name} {arch} {_version()}".encode())
+    for path in sorted([*CSRC.glob("cuda/*"), *CSRC.glob("cpu/*.h")]):
+        key.update(path.read_bytes())
+    path = cache_folder() / f"{source.stem}-{arch}-{key.hexdigest()[:24]}.cubin"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return data[32:]
+    except OSError:
+        pass
+    cubin = compile(source, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(file.name, path)  # whole or not at all, for several processes
+    except OSError:
+        pass
+    return cubin
+
+
+_COMPILER = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)
+)
+_kept: list[object] = []  # what a library holds pointers to, as long as the process lives
+
+
+@_COMPILER
+def _compiler(stem: bytes, capability: int, words: ctypes._Pointer[ctypes.c_char_p]) -> int | None:
+    """The address of a cubin; None, and the reason in ``words``, where there is none."""
+    arch = _ARCHITECTURES.get(capability, f"sm_{capability}")
+    try:
+        _kept.append(cached(CSRC / "cuda" / f"{stem.decode()}.cu", arch))
+    except Exception as error:  # nothing may be raised through C++
+        _kept.append(" ".join(str(error).split()).encode())
+        words[0] = _kept[-1]
+        return None
+    return ctypes.cast(ctypes.c_char_p(_kept[-1]), ctypes.c_void_p).value  # type: ignore[arg-type]
+
+
+def serve(library: Path) -> None:
+    """Let a library that launches through the driver get its kernels from here."""
+    ctypes.CDLL(str(library)).fastdiff_driver_compiler(_compiler)

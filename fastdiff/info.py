@@ -97,6 +97,7 @@ def collect() -> dict[str, Any]:
         "native": _native.load_error or "loaded",
         "build": _native.build_info(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda_kernels": _native.gpu_kernels(),
         "ops": {},
     }
     places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
@@ -119,7 +120,7 @@ def text(report: dict[str, Any]) -> str:
         f"{report['threads']} threads",
         f"native library: {report['native']}; build: {build['extension']}, "
         f"{build.get('cuda', 'CUDA off')}",
-        f"gpu: {report['gpu'] or 'none that torch sees'}",
+        f"gpu: {report['gpu'] or 'none that torch sees'}; CUDA kernels: {report['cuda_kernels']}",
     ]
     for op, places in report["ops"].items():
         lines.append(op)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own floor and from below. `fastdiff` itself, which re-exports all
 # floors, counts as the highest.
 FLOORS = (
-    ("_version", "_memory", "kernels"),
+    ("_version", "_memory", "_nvrtc", "kernels"),
     ("_native", "dispatch"),
     ("ops",),
     ("nn", "models"),
@@ -33,7 +33,6 @@ FLOORS = (
         "testing",
         "testing_compile",
         "testing_cuda",
-        "_nvrtc",
         "testing_simt",
         "testing_triton",
         "fastdiff",

@@ -117,6 +117,9 @@ inline int gpu_launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaS
 #endif
 #else
 #include "simt/simt.h"  // IWYU pragma: export
+#ifdef FASTDIFF_DRIVER
+#include "cuda/driver.h"
+#endif
 #endif
 
 namespace gpu {

@@ -6,6 +6,8 @@
 extern "C" const char* fastdiff_gpu_error_string(int error) {
 #ifdef __CUDACC__
   return cudaGetErrorString(cudaError_t(error));
+#elif defined(FASTDIFF_DRIVER)
+  return fastdiff_driver_error(error);
 #else
   (void)error;
   return simt_error();

@@ -8,7 +8,11 @@
 
 #include "runtime.h"
 
+#ifdef FASTDIFF_DRIVER
+#define __global__  // a kernel's symbol is its name to the driver
+#else
 #define __global__ static
+#endif
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
