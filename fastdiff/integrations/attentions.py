@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.integrations.rules import Rule, class_name, usable
+from fastdiff.integrations.text_kv import project
 
 _PROCESSORS = "diffusers.models.attention_processor."
 _STOCK = {
@@ -124,7 +125,8 @@ def _one_stream(self: Any, x: Tensor, context: Tensor | None, mask: Tensor | Non
     bias = None if mask is None else _bias(mask, q, source.shape[1])
     if mask is not None and bias is None:
         return None
-    k, v = _heads(self.to_k(source), self.heads), _heads(self.to_v(source), self.heads)
+    k, v = (self.to_k(h), self.to_v(h)) if context is None else project(self, context)
+    k, v = _heads(k, self.heads), _heads(v, self.heads)
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k)
     out = self.to_out[1](self.to_out[0](_attend(q, k, v, bias)))
     if x.dim() == 4:

@@ -246,3 +246,13 @@ def test_two_threads():
     for t in threads:
         t.join()
     assert seen == [True] * 6
+
+
+def test_with_a_cache_that_computes_everything():
+    model, args, kwargs = networks.sd15()
+    with fastdiff.accelerated(model):
+        want = run(model, args, kwargs)
+    cache = fastdiff.cache.DeepCache(1)
+    with fastdiff.accelerated(model, cache=cache), fastdiff.request(2, 1):
+        assert torch.equal(run(model, args, kwargs), want)
+        assert torch.equal(run(model, args, kwargs), want)
