@@ -16,24 +16,27 @@ class Block(NamedTuple):
     Attributes:
         module: called by the network; its ``forward`` is what a policy replaces.
         read: ``read(args, kwargs)`` gives the streams that a call hands to the block.
-        write: ``write(args, kwargs, streams)`` gives ``(args, kwargs)`` with other streams.
         pack: ``pack(streams)`` gives what the block returns.
         unpack: ``unpack(output)`` gives the streams of what the block returned.
     """
 
     module: nn.Module
     read: Callable[[tuple[Any, ...], dict[str, Any]], Streams]
-    write: Callable[
-        [tuple[Any, ...], dict[str, Any], Streams], tuple[tuple[Any, ...], dict[str, Any]]
-    ]
     pack: Callable[[Streams], Any]
     unpack: Callable[[Any], Streams]
 
 
 class BlockView(NamedTuple):
-    """A network as a list of residual blocks, all with the same streams ``[B, N, C]``."""
+    """A network as a list of residual blocks, all with the same streams ``[B, N, C]``.
+
+    Attributes:
+        blocks: in the order of their calls.
+        whole: ``whole(args, kwargs)`` of a call of the network: it adds to the streams between
+            blocks (ControlNet), so that all samples must pass them together.
+    """
 
     blocks: Sequence[Block]
+    whole: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: False
 
 
 class Join(NamedTuple):

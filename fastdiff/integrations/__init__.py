@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.cache import DeepCache
+from fastdiff.cache import DeepCache, FirstBlock, Forecast
 from fastdiff.engine import reuse_unet
 from fastdiff.engine.patch import Patch
-from fastdiff.integrations import unet_views
+from fastdiff.integrations import unet_views, views
 from fastdiff.integrations.exact_mode import exact
 
 __all__ = ["exact", "reuse"]
@@ -31,6 +31,10 @@ def reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
         if isinstance(view, str):
             raise ValueError(f"accelerate: cache is {policy!r}, which needs a U-Net: {view}")
         return reuse_unet.deepcache(network, view, policy, patch)
+    if isinstance(policy, FirstBlock | Forecast):
+        parts = views.reuse(network, policy, patch)
+        if parts is not None:
+            return parts
     raise ValueError(
         f"accelerate: cache is {policy!r}, which does not run on {type(network).__name__}"
     )

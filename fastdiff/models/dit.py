@@ -212,6 +212,17 @@ class DiT(nn.Module):
         h = ops.linear(h, fc1.weight, fc1.bias, activation="gelu_tanh")
         return ops.linear(h, fc2.weight, fc2.bias)
 
+    def layers(
+        self, h: Tensor, normed: Tensor, mods: list[Tensor], start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks ``start`` to ``stop``: tokens ``h [B, N, D]`` and their next norm, modulated."""
+        for i in range(2 * start, 2 * stop):
+            half = self.mlp if i % 2 else self.attend
+            gate, shift, scale = mods[3 * i + 2 : 3 * i + 5]
+            update = half(self.blocks[i // 2], normed)
+            h, normed = ops.gate_residual_norm_modulate(h, update, gate, shift, scale, eps=EPS)
+        return h, normed
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict from noisy ``x``.
 
@@ -246,10 +257,6 @@ class DiT(nn.Module):
         mods += ops.linear(c, modulation.weight, modulation.bias).chunk(2, dim=-1)
         # mods: shift, scale of norm 0, then (gate i, shift i+1, scale i+1) for every half block i
         normed = ops.layer_norm_modulate(h, mods[0], mods[1], eps=EPS)
-        for i in range(2 * len(self.blocks)):
-            half = self.mlp if i % 2 else self.attend
-            gate, shift, scale = mods[3 * i + 2 : 3 * i + 5]
-            update = half(self.blocks[i // 2], normed)
-            h, normed = ops.gate_residual_norm_modulate(h, update, gate, shift, scale, eps=EPS)
+        h, normed = self.layers(h, normed, mods, 0, len(self.blocks))
         out = ops.linear(normed, self.final_layer.linear.weight, self.final_layer.linear.bias)
         return self.unpatchify(out, height, width).to(x.dtype)

@@ -1,0 +1,197 @@
+"""Caches of transformer blocks: neutral settings, per-sample decisions, schedules, requests."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+import fastdiff
+from fastdiff import models
+from fastdiff.cache import FirstBlock, Forecast
+from fastdiff.cache.forecast import lagrange
+
+_path = Path(__file__).parents[1] / "integrations" / "networks.py"
+_spec = importlib.util.spec_from_file_location("_networks", _path)
+networks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(networks)
+
+TRANSFORMERS = [networks.dit, networks.pixart, networks.sd3, networks.flux, networks.wan]
+every = pytest.mark.parametrize("make", TRANSFORMERS, ids=lambda f: f.__name__)
+
+
+def ours():
+    torch.manual_seed(0)
+    model = models.DiT(
+        input_size=8, patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=10,
+        learn_sigma=False,
+    )  # fmt: skip
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def inputs(batch, step, seed=0):
+    """Samples that change little (even) or much (odd) from step to step."""
+    g = torch.Generator().manual_seed(seed)
+    x, d = (torch.randn(batch, 4, 8, 8, generator=g) for _ in range(2))
+    pace = torch.tensor([0.01, 0.8]).repeat(batch)[:batch].view(-1, 1, 1, 1)
+    return x + pace * step * d, torch.full((batch,), 900.0 - 2 * step), torch.arange(batch) % 10
+
+
+@torch.no_grad()
+def run(model, calls, steps=None):
+    with fastdiff.request(steps=steps) as request:
+        return [model(*args) for args in calls], request
+
+
+@torch.no_grad()
+def call(model, args, kwargs):
+    return model(*args, **kwargs, return_dict=False)[0]
+
+
+@every
+@pytest.mark.parametrize("policy", (FirstBlock(0), Forecast(interval=1)), ids=str)
+def test_neutral_settings_are_the_plain_model(make, policy):
+    model, args, kwargs = make()
+    want = call(model, args, kwargs)
+    fastdiff.accelerate(model, cache=policy, exact=False)
+    with fastdiff.request(steps=3) as request:
+        for _ in range(3):
+            assert torch.equal(call(model, args, kwargs), want)
+        assert all(all(e.computed) for e in request.trace) and request.syncs == 0
+        assert not any(kept["past"] for kept in request.state.values())
+    fastdiff.restore(model)
+    assert torch.equal(call(model, args, kwargs), want)
+
+
+@every
+@pytest.mark.parametrize("policy", (FirstBlock(0.5), Forecast(interval=5, warmup=1)), ids=str)
+def test_the_same_input_again_is_reused_and_gives_the_same(make, policy):
+    model, args, kwargs = make()
+    with fastdiff.accelerated(model, cache=policy), fastdiff.request() as request:
+        first = call(model, args, kwargs)
+        second = call(model, args, kwargs)
+        computed = [e.computed for e in request.trace]
+    assert all(computed[0]) and not any(computed[1])
+    torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)  # x + (y - x) rounds
+    batch = len(computed[0])
+    assert request.syncs == (1 if isinstance(policy, FirstBlock) else 0) and batch >= 2
+
+
+@every
+def test_samples_decide_alone(make):
+    """Half of a batch changes a lot: it computes, as it would alone, and the others reuse."""
+    model, args, kwargs = make()
+    name = next(iter(kwargs)) if not args else None
+    x = args[0] if args else kwargs[name]
+    other = x.clone()
+    other[1] += 2 * torch.randn_like(other[1])
+
+    def given(value):
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
+
+    want = call(model, *given(other))
+    with fastdiff.accelerated(model, cache=FirstBlock(1e-6), exact=False):
+        with fastdiff.request() as request:
+            first = call(model, *given(x))
+            got = call(model, *given(other))
+            computed = request.trace[1].computed
+    assert computed[1] and not computed[0]
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[0], first[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_gives_what_its_samples_give_alone():
+    model, steps, batch = ours(), 6, 8
+    calls = [inputs(batch, s) for s in range(steps)]
+    fastdiff.accelerate(model, cache=FirstBlock(0.15))
+    together, request = run(model, calls)
+    decisions = [e.computed for e in request.trace]
+    assert any(any(d) and not all(d) for d in decisions)
+    for b in range(batch):
+        alone, single = run(model, [tuple(a[b : b + 1] for a in args) for args in calls])
+        assert [e.computed[0] for e in single.trace] == [d[b] for d in decisions]
+        for got, want in zip(together, alone, strict=True):
+            torch.testing.assert_close(got[b : b + 1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_interleaved_requests_and_a_broken_one_leave_no_trace():
+    model = fastdiff.accelerate(ours(), cache=Forecast(interval=3, order=1, warmup=2))
+    small = [inputs(2, s) for s in range(7)]
+    large = [(torch.randn(1, 4, 16, 12), t[:1], y[:1]) for _, t, y in small]
+    want = [run(model, calls)[0] for calls in (small, large)]
+
+    @torch.no_grad()
+    def steps(calls):
+        request = fastdiff.engine.request.Request(calls_per_step=1)
+        for args in calls:
+            with request.active():
+                out = model(*args)
+            yield out
+
+    for a, b, wa, wb in zip(steps(small), steps(large), *want, strict=True):
+        assert torch.equal(a, wa) and torch.equal(b, wb)
+    with pytest.raises(ValueError, match="DiT: t is"):
+        run(model, [*small[:3], (small[0][0], None, small[0][2])])
+    assert all(map(torch.equal, run(model, small)[0], want[0]))
+
+
+def test_forecast_is_exact_for_a_polynomial_and_keeps_its_schedule():
+    def f(s):
+        return 2.0 - 3.0 * s + 0.5 * s * s
+
+    nodes = [0, 1, 4]
+    got = sum(w * f(s) for w, s in zip(lagrange(nodes, 6), nodes, strict=True))
+    assert got == pytest.approx(f(6))
+    policy = Forecast(interval=3, warmup=2)
+    assert [policy.full(s, 10) for s in range(9)] == [1, 1, 0, 0, 1, 0, 0, 1, 0]
+    model = fastdiff.accelerate(ours(), cache=policy)
+    _, request = run(model, [inputs(2, s) for s in range(9)])
+    assert [all(e.computed) for e in request.trace] == [policy.full(s, 9) for s in range(9)]
+    assert {e.how for e in request.trace} == {"full", "forecast"} and request.syncs == 0
+
+
+def test_first_block_is_diffusers_first_block_cache():
+    model, args, kwargs = networks.flux()
+    x = kwargs["hidden_states"][:1] if not args else args[0][:1]
+    single = {
+        k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and v.shape[0] == 2 else v
+        for k, v in kwargs.items()
+    }
+    noise, threshold = torch.randn_like(x), 0.05
+    calls = [{**single, "hidden_states": x + 0.02 * s * s * noise} for s in range(8)]
+    with fastdiff.accelerated(model, cache=FirstBlock(threshold), exact=False):
+        with fastdiff.request() as request, torch.no_grad():
+            got = [model(**c, return_dict=False)[0] for c in calls]
+            hits = [not e.computed[0] for e in request.trace]
+    assert any(hits) and not all(hits[1:])
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
+    with torch.no_grad(), model.cache_context("run"):
+        want = [model(**c, return_dict=False)[0] for c in calls]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_computes_and_is_told_and_gradients_turn_caches_off():
+    model = fastdiff.accelerate(ours(), cache=FirstBlock(10.0))
+    good = inputs(2, 0)
+    bad = (good[0].clone(), *good[1:])
+    bad[0][0, 0, 0, 0] = float("nan")
+    _, request = run(model, [good, bad])
+    assert request.trace[1].computed == (True, False) and "NaN" in request.trace[1].how
+    with fastdiff.request() as request:
+        for _ in range(2):
+            model(*good)
+    assert [e.how for e in request.trace] == ["off: gradients are recorded"] * 2
+
+
+def test_bad_settings():
+    for make in (lambda: FirstBlock(-1), lambda: FirstBlock(float("nan")), lambda: Forecast(0),
+                 lambda: Forecast(order=5), lambda: Forecast(warmup=0)):  # fmt: skip
+        with pytest.raises(ValueError, match="need"):
+            make()
+    with pytest.raises(ValueError, match="does not run on Linear"):
+        fastdiff.accelerate(torch.nn.Linear(2, 2), cache=FirstBlock())
