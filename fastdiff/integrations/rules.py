@@ -31,7 +31,10 @@ def usable(module: nn.Module, x: Any) -> bool:
         and x.dtype in DTYPES
         and not module.training
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (
+            torch.amp.is_autocast_available(x.device.type)
+            and torch.is_autocast_enabled(x.device.type)
+        )
     )
 
 
