@@ -4,7 +4,7 @@ from fastdiff import ops
 from fastdiff._memory import keep_memory
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
-from fastdiff.accelerate import accelerate, accelerated, request, restore
+from fastdiff.accelerate import accelerate, accelerated, request, restore, summary
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
 from fastdiff.samplers import sample
 
@@ -24,5 +24,6 @@ __all__ = [
     "restore",
     "sample",
     "set_cpu_level",
+    "summary",
     "use",
 ]

@@ -109,3 +109,24 @@ def test_restore_refuses_where_someone_else_came_later():
     model.forward = ours
     fastdiff.restore(model)
     assert "forward" not in model.__dict__
+
+
+def test_summary_tells_hits_misses_and_calls_outside_a_run():
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="not accelerated"):
+        fastdiff.summary(pipe)
+    fastdiff.accelerate(pipe, cache=fastdiff.cache.Forecast(interval=2, warmup=1))
+    assert "no run yet" in fastdiff.summary(pipe)
+    pipe(class_labels=[1], num_inference_steps=4, output_type="np")
+    text = fastdiff.summary(pipe)
+    assert "blocks 0-2: 4 calls, 4 of 8 samples' parts" in text and "WARNING" not in text
+    assert "waited 0 times" in text and "attention native" in text
+    fastdiff.restore(pipe)
+    fastdiff.accelerate(pipe, cache=fastdiff.cache.FirstBlock(1e-9))
+    pipe(class_labels=[1], num_inference_steps=3, output_type="np")
+    pipe.transformer(
+        torch.randn(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([1])
+    )
+    text = fastdiff.summary(pipe)
+    assert "the cache never hit" in text and "1 calls outside a run" in text
+    assert "waited 2 times" in text

@@ -35,6 +35,8 @@ FLOORS = (
         "testing_cuda",
         "testing_simt",
         "testing_triton",
+        "report",
+        "tune",
         "fastdiff",
     ),
 )

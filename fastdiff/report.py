@@ -1,0 +1,59 @@
+"""What a run computed, reused and forecast, as a picture: steps across, parts down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdiff.engine.request import Event, Request
+
+# Shares of a row's samples that a cell can show, and how: the same order in the legend.
+COLORS = {"full": "#1b4f72", "forecast": "#c77f1a", "reuse": "#d9e2e8", "mixed": "#7fa3b8"}
+
+
+def _kind(event: Event) -> str:
+    if all(event.computed):
+        return "full"
+    if any(event.computed):
+        return "mixed"
+    return "forecast" if event.how == "forecast" else "reuse"
+
+
+def cells(trace: Sequence[Event]) -> dict[str, dict[int, str]]:
+    """``{part: {step: kind}}``; several calls a step that differ are "mixed"."""
+    found: dict[str, dict[int, str]] = {}
+    for event in trace:
+        row = found.setdefault(event.part, {})
+        kind = _kind(event)
+        row[event.step] = kind if row.get(event.step, kind) == kind else "mixed"
+    return found
+
+
+def heat_map(run: Request, path: str | Path) -> None:
+    """Draw the trace of a run into ``path`` (PNG, SVG or PDF by the name).
+
+    Raises:
+        ValueError: the run has no trace: no cache was on.
+        ImportError: matplotlib is not installed.
+    """
+    rows = cells(run.trace)
+    if not rows:
+        raise ValueError("heat_map: run has an empty trace, need a run with a cache")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("heat_map: needs matplotlib, which is not installed") from error
+    steps = 1 + max(step for row in rows.values() for step in row)
+    figure = Figure(figsize=(1.5 + 0.25 * steps, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows.values()):
+        for step, kind in row.items():
+            axes.broken_barh([(step - 0.5, 1)], (y - 0.45, 0.9), color=COLORS[kind], ec="white")
+    axes.set(xlim=(-0.5, steps - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="model call")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.legend(
+        handles=[Patch(color=color, label=kind) for kind, color in COLORS.items()],
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), frameon=False,
+    )  # fmt: skip
+    figure.savefig(Path(path))

@@ -1,0 +1,274 @@
+"""Cache policies by the quality they keep: the frontier of speed and quality, and the fastest that
+meets a target on inputs it was not chosen on.
+
+"Fewer steps" is a row of every frontier: a cache that does not beat it is not worth its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import cache as policies
+
+Run = Callable[..., Tensor]  # run(input, cache=policy or None, steps=None or n) -> [B, ...]
+
+
+def psnr(got: Tensor, want: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of every sample, ``[B]``; the peak is the range of ``want``.
+
+    Infinite where the two are equal.
+    """
+    got, want = got.double().flatten(1), want.double().flatten(1)
+    peak = want.amax(1) - want.amin(1)
+    return 10 * torch.log10(peak.square() / (got - want).square().mean(1))
+
+
+def relative_l2(got: Tensor, want: Tensor) -> Tensor:
+    """``|got - want| / |want|`` of every sample, ``[B]``."""
+    got, want = got.double().flatten(1), want.double().flatten(1)
+    return (got - want).norm(dim=1) / want.norm(dim=1)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What an accelerated run must keep of the plain run, on average over samples.
+
+    Args:
+        psnr: at least so many dB.
+        relative_l2: at most this.
+        metric: ``metric(got, want)`` gives one value a sample ``[B]``, larger is better; at least
+            ``at_least``.
+
+    Raises:
+        ValueError: not exactly one of the three is given.
+    """
+
+    psnr: float | None = None
+    relative_l2: float | None = None
+    metric: Callable[[Tensor, Tensor], Tensor] | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.psnr, self.relative_l2, self.metric)) != 1:
+            raise ValueError("Quality: need exactly one of psnr, relative_l2 and metric")
+        if (self.metric is None) != (self.at_least is None):
+            raise ValueError("Quality: metric and at_least go together, and one of them is None")
+        for name in ("psnr", "relative_l2", "at_least"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"Quality: {name} is {value!r}, need a finite number")
+
+    def margin(self, got: Tensor, want: Tensor) -> float:
+        """How far the mean over samples is on the good side of the target; negative: missed.
+        NaN counts as missed by everything."""
+        if self.metric is not None:
+            value = self.metric(got, want).double().mean().item() - float(self.at_least or 0)
+        elif self.psnr is not None:
+            value = psnr(got, want).mean().item() - self.psnr
+        else:
+            value = float(self.relative_l2 or 0) - relative_l2(got, want).mean().item()
+        return -math.inf if math.isnan(value) else value
+
+    def __str__(self) -> str:
+        if self.metric is not None:
+            return f"{getattr(self.metric, '__name__', 'metric')} >= {self.at_least:g}"
+        if self.psnr is not None:
+            return f"PSNR >= {self.psnr:g} dB"
+        return f"relative L2 <= {self.relative_l2:g}"
+
+
+@dataclass
+class Row:
+    """One candidate: a policy with all steps, or plain with fewer."""
+
+    name: str
+    policy: dict[str, Any] | None
+    steps: int | None
+    speedup: float
+    psnr: float  # dB, mean over the held-out samples
+    relative_l2: float
+    margin: float  # against the target on the inputs it was chosen on
+    held_out: float  # and on the others
+
+
+@dataclass
+class Report:
+    """The frontier, as JSON and as text; ``chosen`` is None where nothing met the target."""
+
+    target: str
+    rows: list[Row]
+    chosen: str | None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> Row | None:
+        """The chosen row."""
+        return next((r for r in self.rows if r.name == self.chosen), None)
+
+    def policy(self) -> Any:
+        """The chosen policy, None where nothing or "fewer steps" was chosen."""
+        row = self.row()
+        return None if row is None or row.policy is None else policy_from(row.policy)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no report.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Report.load: {path} is no report of fastdiff tune: {error}"
+            ) from None
+
+    def __str__(self) -> str:
+        head = f"target: {self.target}; chosen: {self.chosen or 'none meets it'}"
+        lines = [head, "", "| way | speed-up | PSNR, dB | relative L2 | meets it, held out |"]
+        lines.append("|---|---|---|---|---|")
+        for r in sorted(self.rows, key=lambda r: r.speedup):
+            met = "yes" if r.held_out >= 0 else "no"
+            lines.append(
+                f"| {r.name} | {r.speedup:.2f} x | {r.psnr:.1f} | {r.relative_l2:.4f} | {met} |"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Quality against speed-up, as a picture (PNG, SVG or PDF by the name).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Report.plot: needs matplotlib, which is not installed") from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        fewer = sorted((r for r in self.rows if r.steps is not None), key=lambda r: r.speedup)
+        caches = [r for r in self.rows if r.steps is None]
+        axes.plot([r.speedup for r in fewer], [r.psnr for r in fewer], "o--", label="fewer steps")
+        axes.plot([r.speedup for r in caches], [r.psnr for r in caches], "s", label="caches")
+        for r in caches:
+            axes.annotate(r.name, (r.speedup, r.psnr), fontsize=6)
+        axes.set(xlabel="speed-up over the plain run", ylabel="PSNR against it, dB")
+        axes.legend()
+        figure.savefig(Path(path))
+
+
+def policy_dict(policy: Any) -> dict[str, Any]:
+    """A policy of ``fastdiff.cache`` as JSON-ready values."""
+    return {"name": type(policy).__name__, **asdict(policy)}
+
+
+def policy_from(values: dict[str, Any]) -> Any:
+    """The policy that :func:`policy_dict` wrote.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    rest = dict(values)
+    name = rest.pop("name", None)
+    if name not in policies.__all__:
+        raise ValueError(f"policy is {name!r}, need one of {', '.join(policies.__all__)}")
+    return getattr(policies, name)(**rest)
+
+
+def describe(policy: Any) -> str:
+    """``DeepCache(interval=3)``: the class and what differs from its defaults."""
+    plain = {f.name: f.default for f in policy.__dataclass_fields__.values()}
+    values = ((k, v) for k, v in asdict(policy).items() if v != plain[k])
+    return f"{type(policy).__name__}({', '.join(f'{k}={v!r}' for k, v in values)})"
+
+
+def _timed(run: Run, inputs: Sequence[Any], **how: Any) -> tuple[list[Tensor], float]:
+    start = time.perf_counter()
+    out = [run(one, **how) for one in inputs]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return out, time.perf_counter() - start
+
+
+def tune(
+    run: Run,
+    inputs: Sequence[Any],
+    target: Quality,
+    candidates: Sequence[Any],
+    *,
+    steps: int,
+    fewer: Sequence[int] = (),
+    rounds: int = 3,
+) -> Report:
+    """Measure every candidate and choose the fastest that meets ``target``.
+
+    Candidates are judged on the first half of the inputs; the choice must also meet the target on
+    the second half, or the next fastest is taken. Each candidate is timed next to a plain run.
+
+    Args:
+        run: ``run(input, cache=None, steps=n)`` gives samples ``[B, ...]``, the same for the same
+            arguments.
+        inputs: at least two; equal in shape, different in seed or condition.
+        target: the quality to keep.
+        candidates: policies of ``fastdiff.cache``.
+        steps: of the plain run.
+        fewer: smaller numbers of steps, the rows to beat.
+        rounds: timed runs of each candidate; the median counts.
+
+    Raises:
+        ValueError: an argument does not fit, or two plain runs differ.
+    """
+    if len(inputs) < 2:
+        raise ValueError(f"tune: inputs has {len(inputs)}, need at least 2: one half is held out")
+    wrong = [n for n in fewer if not 1 <= n < steps]
+    if wrong:
+        raise ValueError(f"tune: fewer has {wrong[0]}, need numbers of steps in [1, {steps})")
+    want, _ = _timed(run, inputs, cache=None, steps=steps)  # warm-up too
+    if not torch.equal(run(inputs[0], cache=None, steps=steps), want[0]):
+        raise ValueError("tune: two plain runs of one input differ, need run() to fix its seeds")
+    half = len(inputs) // 2
+    rows = []
+    trials: list[tuple[str, dict[str, Any] | None, int | None, dict[str, Any]]]
+    trials = [(describe(c), policy_dict(c), None, dict(cache=c, steps=steps)) for c in candidates]
+    trials += [(f"{n} steps", None, n, dict(cache=None, steps=n)) for n in fewer]
+    for name, policy, n, how in trials:
+        ratios = []
+        for _ in range(rounds):
+            out, fast = _timed(run, inputs, **how)
+            plain = _timed(run, inputs, cache=None, steps=steps)[1]
+            ratios.append(plain / fast)
+        first = torch.cat(out[:half]), torch.cat(want[:half])
+        rest = torch.cat(out[half:]), torch.cat(want[half:])
+        rows.append(
+            Row(
+                name,
+                policy,
+                n,
+                median(ratios),
+                psnr(*rest).mean().item(),
+                relative_l2(*rest).mean().item(),
+                target.margin(*first),
+                target.margin(*rest),
+            )
+        )
+    good = [r for r in rows if r.margin >= 0 and r.held_out >= 0]
+    best = max(good, key=lambda r: r.speedup, default=None)
+    if best is not None and best.speedup <= 1:
+        best = None  # nothing that meets the target is faster than the plain run
+    about = {"steps": steps, "inputs": len(inputs), "rounds": rounds, "torch": torch.__version__}
+    return Report(str(target), rows, best.name if best else None, about)
