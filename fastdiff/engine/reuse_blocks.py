@@ -36,6 +36,7 @@ class Stack:
         self.rows: str | Tensor | None = _ALL
         self._start: Streams = ()
         self._reused: Streams = ()
+        self._head: Tensor | None = None  # residual of the head that this call will keep
         self.batch = 0
 
     def enter(self, before: Streams, start: Streams) -> None:
@@ -73,8 +74,7 @@ class Stack:
         batch, kept = residual.shape[0], self._kept
         if "head" not in kept or policy.threshold == 0:
             self._note((True,) * batch, "full")
-            if policy.threshold > 0:
-                kept["head"] = residual
+            self._head = residual
             return
         change = policy.change(residual, kept["head"])
         self._request.syncs += 1
@@ -85,13 +85,13 @@ class Stack:
         nan = any(value != value for value in values)
         self._note(computed, "full, as the change is NaN" if nan else "by the change")
         if all(computed):
-            kept["head"] = residual
+            self._head = residual
             return
         self._reused = kept["past"][0][1]
         self.rows = None
         if any(computed):
             self.rows = torch.tensor([i for i, c in enumerate(computed) if c]).to(residual.device)
-            kept["head"] = kept["head"].index_copy(0, self.rows, residual[self.rows])
+            self._head = kept["head"].index_copy(0, self.rows, residual[self.rows])
 
     def leave(self, out: Streams) -> Streams:
         """After the last block, with what the rows that compute gave: the streams of all.
@@ -117,6 +117,8 @@ class Stack:
             past = [*self._kept["past"], (self._request.step, residuals)]
             self._kept["past"] = past[-self._policy.order - 1 :]
         elif self._policy.threshold > 0:
+            # Together, and only now: a call that breaks off leaves the pair before it.
+            self._kept["head"] = self._head
             self._kept["past"] = [(self._request.step, residuals)]
 
 
@@ -135,6 +137,10 @@ def head_of(policy: Policy) -> int:
 
 def _taken(values: Any, rows: Tensor, batch: int) -> Any:
     """Tensors of one entry a sample, for some of the samples. Tables in tuples are no samples'."""
+    if isinstance(values, dict):
+        return {key: _taken(value, rows, batch) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_taken(value, rows, batch) for value in values]
     if isinstance(values, Tensor) and values.dim() > 1 and values.shape[0] == batch:
         return values[rows]
     if isinstance(values, Tensor) and values.shape == (batch,):

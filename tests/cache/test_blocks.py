@@ -188,6 +188,30 @@ def test_nan_computes_and_is_told_and_gradients_turn_caches_off():
     assert [e.how for e in request.trace] == ["off: gradients are recorded"] * 2
 
 
+@torch.no_grad()
+def test_a_call_that_breaks_off_within_a_run_keeps_the_pair_before_it():
+    model, calls = ours(), [inputs(2, s) for s in (0, 3, 3)]
+    want = model(*calls[2])
+    fastdiff.accelerate(model, cache=FirstBlock(1e-6), exact=False)
+    plain = model.attend
+    with fastdiff.request() as request:
+        for first in (True, False):
+            if not first:
+                model(*calls[0])
+
+            def fail(block, h):
+                if block is model.blocks[-1]:
+                    raise RuntimeError("broken off")
+                return plain(block, h)
+
+            model.attend = fail
+            with pytest.raises(RuntimeError, match="broken off"):
+                model(*calls[1])
+            model.attend = plain
+        assert torch.equal(model(*calls[2]), want)
+        assert all(request.trace[-1].computed)
+
+
 def test_bad_settings():
     for make in (lambda: FirstBlock(-1), lambda: FirstBlock(float("nan")), lambda: Forecast(0),
                  lambda: Forecast(order=5), lambda: Forecast(warmup=0)):  # fmt: skip
