@@ -23,6 +23,8 @@ _HERE = Path(__file__).resolve().parent
 # Inside an installed package, beside it in a source tree.
 CSRC = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.exists()), _HERE / "csrc")
 _ARCHITECTURES = {90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}  # others have no "a"
+# A header of each wheel that the kernels' headers come from.
+_WHEELS = {"cuda_fp16.h": "nvidia-cuda-runtime", "cuda/std/cstdint": "nvidia-cuda-cccl"}
 # NVRTC has no C++ library; what kernel files include of it is CUDA's own.
 _HEADERS = {
     "cstdint": "#include <cuda/std/cstdint>\nusing namespace cuda::std;\n",
@@ -105,8 +107,10 @@ def why_not() -> str | None:
         _library()
     except (RuntimeError, OSError) as error:
         return str(error)
-    if not any((Path(folder) / "cuda_fp16.h").exists() for folder in _includes()):
-        return "CUDA's headers are not installed; need nvidia-cuda-runtime or a CUDA toolkit"
+    folders = [Path(folder) for folder in _includes()]
+    for header, wheel in _WHEELS.items():
+        if not any((folder / header).exists() for folder in folders):
+            return f"CUDA's header {header} is not installed; need {wheel} or a CUDA toolkit"
     if not (CSRC / "cuda").exists():
         return f"the kernels' sources are missing: {CSRC / 'cuda'}"
     return None

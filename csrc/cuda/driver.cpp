@@ -33,6 +33,9 @@ struct Driver {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   int (*init)(unsigned) = nullptr;
   int (*context)(void**) = nullptr;
+  int (*current)(void*) = nullptr;
+  int (*retain)(void**, int) = nullptr;
+  int (*get)(int*, int) = nullptr;
   int (*device)(int*) = nullptr;
   int (*attribute)(int*, int, int) = nullptr;
   int (*load)(void**, const void*) = nullptr;
@@ -52,7 +55,9 @@ struct Driver {
   Driver() {
     if (!library) return;
     find(init, "cuInit"), find(context, "cuCtxGetCurrent"), find(device, "cuCtxGetDevice");
-    find(attribute, "cuDeviceGetAttribute"), find(load, "cuModuleLoadData");
+    find(current, "cuCtxSetCurrent"), find(retain, "cuDevicePrimaryCtxRetain");
+    find(get, "cuDeviceGet"), find(attribute, "cuDeviceGetAttribute"),
+        find(load, "cuModuleLoadData");
     find(function, "cuModuleGetFunction"), find(set, "cuFuncSetAttribute");
     find(launch, "cuLaunchKernel"), find(error, "cuGetErrorString");
   }
@@ -93,10 +98,21 @@ int module_of(void* context, const char* file, void** module) {
   return 0;
 }
 
+// The thread's context. A thread that has not used CUDA has none: it gets device 0's, as from
+// CUDA's runtime, whose cudaSetDevice makes any other device's context current itself.
+int context_of_thread(void** context) {
+  const Driver& d = driver();
+  if (int e = d.context(context)) return e;
+  if (*context) return 0;
+  int device = 0;
+  if (int e = d.get(&device, 0)) return e;
+  if (int e = d.retain(context, device)) return e;
+  return d.current(*context);
+}
+
 int function_of(const char* file, const void* kernel, void** function) {
   void* context = nullptr;
-  if (int e = driver().context(&context)) return e;
-  if (!context) return fail("no CUDA context is current");
+  if (int e = context_of_thread(&context)) return e;
   std::lock_guard<std::mutex> lock(mutex);
   void*& known = functions[{context, kernel}];
   if (!known) {

@@ -15,14 +15,27 @@ int note(const char* name, const char* words = "") {
 }
 char names[64][256];
 int count = 0;
+int primary;
+void* context = nullptr;
 }  // namespace
 
 extern "C" {
 int cuInit(unsigned) { return note("cuInit"); }
-int cuCtxGetCurrent(void** context) {
-  static int one;
-  *context = std::getenv("FAKE_NO_CONTEXT") ? nullptr : &one;
+int cuCtxGetCurrent(void** current) {  // FAKE_NO_CONTEXT: a thread that has not used CUDA
+  *current = std::getenv("FAKE_NO_CONTEXT") ? context : &primary;
   return note("cuCtxGetCurrent");
+}
+int cuCtxSetCurrent(void* to) {
+  context = to;
+  return note("cuCtxSetCurrent");
+}
+int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return note("cuDeviceGet");
+}
+int cuDevicePrimaryCtxRetain(void** retained, int) {
+  *retained = &primary;
+  return note("cuDevicePrimaryCtxRetain");
 }
 int cuCtxGetDevice(int* device) {
   *device = 0;
