@@ -6,7 +6,7 @@ from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
 from fastdiff.accelerate import accelerate, accelerated, request, restore, summary
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
-from fastdiff.samplers import sample
+from fastdiff.sampling import sample
 
 __all__ = [
     "Impl",

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from fastdiff import integrations
+from fastdiff.cache import EncoderPropagation
 from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch
+from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.request import Request, current
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
@@ -24,6 +26,7 @@ class Acceleration:
         patch: the changes, to be undone.
         parts: sentences, one a changed part.
         last: the last run that ended or broke off.
+        inject: the policy whose noise is added after every step of the scheduler, or None.
         lonely: calls of a network outside any run, for which caches were off.
     """
 
@@ -31,6 +34,7 @@ class Acceleration:
         self.patch = Patch()
         self.parts: list[str] = []
         self.last: Request | None = None
+        self.inject: EncoderPropagation | None = None
         self.lonely = 0
 
 
@@ -84,6 +88,9 @@ def _count_steps(pipe: Any, acceleration: Acceleration) -> None:
         out = plain(*args, **kwargs)
         request = current()
         if request is not None and request.owner is acceleration:
+            if acceleration.inject is not None:
+                x = kwargs["sample"] if "sample" in kwargs else args[2]
+                inject(request, scheduler, x, out, acceleration.inject)
             request.advance()
         return out
 
@@ -138,6 +145,13 @@ def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
         if _KEY in network.__dict__:
             raise ValueError(f"accelerate: {name} is accelerated already, need restore before")
     acceleration = Acceleration()
+    if isinstance(cache, EncoderPropagation) and cache.inject:
+        if target in networks.values():
+            raise ValueError(
+                f"accelerate: cache has inject {cache.inject}, which needs a pipeline; target is "
+                f"{type(target).__name__}"
+            )
+        acceleration.inject = cache
     patch = acceleration.patch
     try:
         for name, network in networks.items():
@@ -157,8 +171,13 @@ def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
     return target
 
 
+def acceleration_of(target: Any) -> Acceleration | None:
+    """What was done to ``target``, None where nothing was."""
+    return getattr(target, "__dict__", {}).get(_KEY)
+
+
 def _acceleration(who: str, target: Any) -> Acceleration:
-    found = getattr(target, "__dict__", {}).get(_KEY)
+    found = acceleration_of(target)
     if found is None:
         raise ValueError(f"{who}: target is {type(target).__name__}, which is not accelerated")
     return found

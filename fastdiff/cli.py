@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastdiff._memory import keep_memory
 
@@ -76,6 +76,15 @@ def parse_classes(text: str) -> list[int]:
     return classes
 
 
+def _policy(text: str) -> Any:
+    from fastdiff.cache.parse import parse
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def parser() -> Parser:
     """The command line."""
     top = Parser(prog="fastdiff", description="Kernel-optimised acceleration engine for diffusion.")
@@ -105,6 +114,12 @@ def parser() -> Parser:
         "--clip",
         type=_finite(0, 1000),
         help="predicted pictures are clipped to [-CLIP, CLIP], 0: not (default: the model card's)",
+    )
+    p.add_argument(
+        "--cache",
+        type=_policy,
+        help="reuse work from step to step: deepcache:3 or encoder:50ls for U-Nets, firstblock:0.1 "
+        "or taylor:3 for transformers; more settings as deepcache:3,branch=1 (default: none)",
     )
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")

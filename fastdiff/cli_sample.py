@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 import fastdiff
 from fastdiff import models
+from fastdiff.accelerate import acceleration_of
 from fastdiff.cli import MODELS, UsageError
-from fastdiff.samplers import SAMPLERS, sample
+from fastdiff.samplers import SAMPLERS
+from fastdiff.tune import describe, psnr
 
 MARK = "fastdiff sample"  # the PNG's Software field: files that carry it may be overwritten
 SIZE = 32  # of a checkpoint whose card does not tell
@@ -86,15 +88,19 @@ class Job:
         self.clip = card.get("clip", 0.0) if args.clip is None else args.clip
         size = args.size or card.get("image_size", SIZE)
         self.shape = (len(self.labels), self.model.in_channels, size, size)
+        if args.cache is not None:  # an error now, before anything is written
+            with fastdiff.accelerated(self.model, cache=args.cache, exact=False):
+                pass
 
-    def draw(self, model: nn.Module, steps: int, progress: str = "") -> Tensor:
+    def draw(self, model: nn.Module, steps: int, progress: str = "", cache: Any = None) -> Tensor:
         """Pictures ``[B,C,H,W]``; the same noise in every call."""
         hidden = None if progress else True  # None: hidden where stderr is no terminal
         bar = tqdm(total=steps, desc=progress, disable=hidden, file=sys.stderr, leave=False)
         with bar:
-            return sample(
+            return fastdiff.sample(
                 model,
                 self.shape,
+                cache=cache,
                 sampler=self.sampler,
                 steps=steps,
                 classes=torch.tensor(self.labels),
@@ -106,44 +112,78 @@ class Job:
             )
 
 
+class Arm(NamedTuple):
+    """One arm of the comparison: a network, the rows it may run, and its cache."""
+
+    model: nn.Module
+    rows: Callable[[], AbstractContextManager[None]]
+    cache: Any = None
+
+
 def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
     """Time the same weights in plain torch: eager, and compiled where asked for."""
     args = job.args
     plain = models.plain(job.model)
-    arms: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]] = {
-        "fastdiff": (job.model, nullcontext),
-        "torch eager": (plain, lambda: fastdiff.use("ref")),
-    }
+    arms: dict[str, Arm] = {"fastdiff": Arm(job.model, nullcontext, args.cache)}
+    if args.cache is not None:
+        arms["without cache"] = Arm(job.model, nullcontext)
+    arms["torch eager"] = Arm(plain, lambda: fastdiff.use("ref"))
     if args.compile:
-        arms["torch.compile"] = (torch.compile(plain), lambda: fastdiff.use("ref"))  # type: ignore
+        compiled: Any = torch.compile(plain)
+        arms["torch.compile"] = Arm(compiled, lambda: fastdiff.use("ref"))
     pictures, times = {"fastdiff": fast}, {arm: [] for arm in arms}  # type: ignore[var-annotated]
-    for arm, (model, rows) in arms.items():  # warm up, and compile
-        with rows():
-            job.draw(model, min(2, args.steps), f"{job.name}: warming up {arm}")
+    for name, arm in arms.items():  # warm up, and compile
+        with arm.rows():
+            job.draw(arm.model, min(2, args.steps), f"{job.name}: warming up {name}")
     for i in range(args.repeat):
-        for arm in list(arms) if i % 2 == 0 else reversed(list(arms)):
-            model, rows = arms[arm]
-            with rows():
+        for name in list(arms) if i % 2 == 0 else reversed(list(arms)):
+            arm = arms[name]
+            with arm.rows():
                 start = time.perf_counter()
-                pictures[arm] = job.draw(model, args.steps)
-                times[arm].append(time.perf_counter() - start)
+                pictures[name] = job.draw(arm.model, args.steps, cache=arm.cache)
+                times[name].append(time.perf_counter() - start)
     base = statistics.median(times["fastdiff"])
     report["compare"] = {
-        arm: {
+        name: {
             "seconds": statistics.median(seen),
             "ratio": statistics.median(seen) / base,
-            "largest_difference": (pictures[arm].float() - fast.float()).abs().max().item(),
+            "largest_difference": (pictures[name].float() - fast.float()).abs().max().item(),
         }
-        for arm, seen in times.items()
+        for name, seen in times.items()
     }
+    if args.cache is not None:
+        found = psnr(fast, pictures["without cache"])
+        report["compare"]["without cache"]["psnr"] = found.mean().item()
+        report["compare"]["without cache"]["worst_psnr"] = found.min().item()
 
 
-def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def run_cached(job: Job) -> tuple[Tensor, Counter[tuple[str, str]], dict[str, Any]]:
+    """Pictures with the cache, the rows that ran, and what was computed."""
+    with fastdiff.accelerated(job.model, cache=job.args.cache, exact=False) as model:
+        x = job.draw(model, job.args.steps, job.name)
+        acceleration = acceleration_of(model)
+        assert acceleration is not None and acceleration.last is not None
+        run = acceleration.last
+    done = [computed for event in run.trace for computed in event.computed]
+    facts = {
+        "policy": describe(job.args.cache),
+        "calls": len(run.trace),
+        "parts": len(done),
+        "parts_reused": len(done) - sum(done),
+    }
+    return x, run.rows, facts
+
+
+def sample_one(job: Job, out: Path) -> dict[str, Any]:
     """Draw the pictures of one model, write them, and give the report."""
-    job = Job(name, args)
+    name, args = job.name, job.args
+    cached = None
     start = time.perf_counter()
-    with fastdiff.record() as ran:
-        x = job.draw(job.model, args.steps, name)
+    if args.cache is None:
+        with fastdiff.record() as ran:
+            x = job.draw(job.model, args.steps, name)
+    else:
+        x, ran, cached = run_cached(job)
     seconds = time.perf_counter() - start
     report: dict[str, Any] = {
         "model": name,
@@ -160,6 +200,7 @@ def sample_one(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]
         "finite": bool(torch.isfinite(x).all()),
         "seconds": seconds,
         "out": str(out),
+        "cache": cached,
         "rows": rows_of(ran),
     }
     if args.compare:
@@ -187,12 +228,20 @@ def show(report: dict[str, Any]) -> None:
     )
     if not report["finite"]:
         print(f"  some pictures are not finite; {report['dtype']} may be too narrow for this model")
+    cache = report["cache"]
+    if cache is not None:
+        print(
+            f"  {cache['policy']}: {cache['calls']} calls, "
+            f"{cache['parts_reused']} of {cache['parts']} samples' parts reused"
+        )
     for arm, row in report.get("compare", {}).items():
         words = f"  {arm:<14} {row['seconds']:8.3f} s  {row['ratio']:5.2f} x"
         if arm != "fastdiff":
             words += (
                 f"  largest difference {row['largest_difference']:.2g} (pictures are in [-1, 1])"
             )
+        if "psnr" in row:
+            words += f"; PSNR {row['psnr']:.1f} dB, worst {row['worst_psnr']:.1f}"
         print(words)
     if "compare" in report:
         rows = report["rows"].items()
@@ -220,7 +269,8 @@ def main(args: argparse.Namespace) -> int:
         )
     for out in outs:
         check_out(out)
-    reports = [sample_one(name, args, out) for name, out in zip(names, outs, strict=True)]
+    jobs = [Job(name, args) for name in names]
+    reports = [sample_one(job, out) for job, out in zip(jobs, outs, strict=True)]
     if args.json:
         print(json.dumps(reports, indent=1))
     else:

@@ -55,6 +55,32 @@ def test_sample_compares_both_models_as_json(capsys, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"s-dit-digits.png", "s-unet-digits.png"}
 
 
+@pytest.mark.parametrize(
+    "name, cache, reused",
+    [
+        ("unet-digits", "deepcache:3", 6),
+        ("unet-digits", "encoder:4,parallel=3", 7),
+        ("dit-digits", "taylor:3", 6),
+        ("dit-digits", "firstblock:0.3", None),
+    ],
+)
+def test_sample_with_a_cache(capsys, tmp_path, name, cache, reused):
+    argv = ("sample", "--model", name, "--steps", "10", "--classes", "3,5", "--batch", "2")
+    argv = (*argv, "--cache", cache, "--compare", "--repeat", "1", "--out", tmp_path / "s.png")
+    code, text, _ = run(capsys, *argv, "--json")
+    (report,) = json.loads(text)
+    found, without = report["cache"], report["compare"]["without cache"]
+    calls = 10 if reused is None else found["calls"]
+    assert code == 0 and report["finite"] and found["calls"] == calls
+    if reused is not None:
+        assert found["parts_reused"] * found["calls"] == reused * found["parts"]
+    assert found["parts_reused"] > 0 and without["largest_difference"] > 0
+    assert 10 < without["worst_psnr"] <= without["psnr"] < 80 and "attention" in report["rows"]
+    assert report["compare"]["fastdiff"]["largest_difference"] == 0
+    code, text, _ = run(capsys, *argv)
+    assert code == 0 and "samples' parts reused" in text and "; PSNR " in text
+
+
 def test_same_seed_same_pictures(capsys, tmp_path):
     for name in ("a", "b"):
         argv = ("sample", "--model", "dit-digits", *QUICK, "--seed", "7")
@@ -92,6 +118,10 @@ def test_threads_are_those_asked_for(capsys, tmp_path):
         (("sample", "--out", "grid.gif"), "--out is 'grid.gif', need a name that ends in .png"),
         (("sample", "--out", "nowhere/a.png"), "need a folder that exists"),
         (("sample", "--compile"), "need --compare too"),
+        (("sample", "--cache", "magic:3"), "--cache: cache is 'magic:3', need one of deepcache"),
+        (("sample", "--cache", "deepcache:0"), "--cache: DeepCache: interval is 0"),
+        (("sample", "--cache", "deepcache:3"), "needs a U-Net: DiT is none of"),
+        (("sample", "--cache", "taylor:3"), "which does not run on UNet"),
         (("sample", "--model", "dit-digits", "--model", "dit-digits"), "two models would write"),
         (("bench", "no_such_op"), "op is 'no_such_op', need one of"),
         (("bench", "gelu_tanh", "--threads", "0"), "--threads is 0"),

@@ -30,6 +30,7 @@ FLOORS = (
         "gpu_limits",
         "info",
         "info_kernels",
+        "sampling",
         "testing",
         "testing_compile",
         "testing_cuda",

@@ -1,7 +1,8 @@
 """Cache policies: when to compute and when to reuse. Pure; the engine holds their state."""
 
 from fastdiff.cache.deepcache import DeepCache
+from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 
-__all__ = ["DeepCache", "FirstBlock", "Forecast"]
+__all__ = ["DeepCache", "EncoderPropagation", "FirstBlock", "Forecast"]

@@ -27,3 +27,14 @@ def step_list(who: str, name: str, value: Sequence[int]) -> tuple[int, ...]:
     if not good or not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
         raise ValueError(f"{who}: {name} is {list(steps)!r}, need ascending integers from 0")
     return steps
+
+
+def number(who: str, name: str, value: object, low: float, high: float, need: str) -> None:
+    """``value`` is a number with ``low <= value <= high``; ``need`` says so in words.
+
+    Raises:
+        ValueError: it is none.
+    """
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise ValueError(f"{who}: {name} is {value!r}, need {need}")

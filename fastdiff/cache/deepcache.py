@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastdiff.cache._check import step_list, whole
+from fastdiff.cache._check import number, step_list, whole
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class DeepCache:
         whole("DeepCache", "branch", self.branch, 0)
         if self.center is not None:
             whole("DeepCache", "center", self.center, 0)
-        if not 1 < self.power < math.inf:
-            raise ValueError(f"DeepCache: power is {self.power!r}, need a number above 1")
+        above = math.nextafter(1, 2)
+        number("DeepCache", "power", self.power, above, 1e9, "a number above 1")
         if isinstance(self.schedule, str):
             if self.schedule not in ("uniform", "quad"):
                 raise ValueError(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastdiff.cache._check import number
+
 
 @dataclass(frozen=True)
 class FirstBlock:
@@ -30,10 +32,8 @@ class FirstBlock:
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(
-                f"FirstBlock: threshold is {self.threshold!r}, need a number of at least 0"
-            )
+        most = math.nextafter(math.inf, 0)
+        number("FirstBlock", "threshold", self.threshold, 0, most, "a number of at least 0")
 
     def change(self, residual: Tensor, before: Tensor) -> Tensor:
         """``[B]`` from residuals ``[B, ...]``; NaN where either is."""

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 _current: ContextVar[Request | None] = ContextVar("fastdiff_request", default=None)
 
 
@@ -31,6 +33,7 @@ class Request:
 
     Attributes:
         steps: model evaluations to come in all, None where nobody knows.
+        times: ``[steps]``, model times of the steps, where the loop knows them ahead.
         slot: of the model call in work, None between calls.
         step: the evaluation in work, from 0. The caller counts, never a search for a timestep:
             samplers may visit one level twice.
@@ -52,6 +55,7 @@ class Request:
                 raise ValueError(f"request: {name} is {value!r}, need an integer of at least 1")
         self.steps, self._calls_per_step = steps, calls_per_step
         self.step = 0
+        self.times: Tensor | None = None
         self.slot: Hashable = None
         self.state: dict[Hashable, Any] = {}
         self.trace: list[Event] = []

@@ -8,7 +8,8 @@ of its input: nothing is allocated or copied for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.cache.deepcache import DeepCache
+from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.view import Join, Stage, UNetView
 
 FEW = 8  # steps of a distilled model: neighbours differ too much for a cache to be of use
 
-_Trim = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+_Run = Callable[..., Any]
+_Trim = Callable[[_Args, _Kwargs], tuple[_Args, _Kwargs]]
 
 
 class Schedule(Protocol):
@@ -39,13 +44,27 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One model call that stores into ``tensors`` or, where ``reuse``, reads them."""
+    """One model call that stores into ``tensors`` or, where ``reuse``, reads them.
+
+    ``rows`` times the rows of what was stored: as many steps are decoded at once.
+    """
 
     reuse: bool
     tensors: dict[Hashable, Any]
+    rows: int = 1
 
 
+_Reuse = Callable[[_Run, Call, Request, _Args, _Kwargs], Any]
 _call: ContextVar[Call | None] = ContextVar("fastdiff_unet_call", default=None)
+
+
+@contextmanager
+def _within(call: Call | None) -> Iterator[None]:
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
 
 
 def _off(network: nn.Module) -> str | None:
@@ -78,8 +97,20 @@ def _plan(request: Request, policy: Schedule, x: Tensor) -> Call | None:
     return Call(False, request.state[key].tensors)
 
 
+def _alone(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
+    """A reuse step that runs on its own."""
+    with _within(call):
+        return run(*args, **kwargs)
+
+
 def _drive(
-    network: nn.Module, view: UNetView, policy: Schedule, part: str, trim: _Trim, patch: Patch
+    network: nn.Module,
+    view: UNetView,
+    policy: Schedule,
+    part: str,
+    trim: _Trim,
+    patch: Patch,
+    reuse: _Reuse = _alone,
 ) -> None:
     """Around a call of the network: decide, say so in the trace, and let the stages know."""
     plain = network.forward
@@ -99,16 +130,14 @@ def _drive(
         request.trace.append(Event(request.step, request.slot, part, computed, how))
         if call is not None and call.reuse:
             args, kwargs = trim(args, kwargs)
-        token = _call.set(call)
-        try:
+            return reuse(plain, call, request, args, kwargs)
+        with _within(call):
             return plain(*args, **kwargs)
-        finally:
-            _call.reset(token)
 
     patch.set(network, "forward", forward)
 
 
-def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _nothing(args: _Args, kwargs: _Kwargs) -> Tensor:
     """An empty tensor, ``[0, C, h, w]``, in the place of what is not computed."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden[:0]
@@ -229,8 +258,80 @@ def deepcache(network: nn.Module, view: UNetView, policy: DeepCache, patch: Patc
     skips = sum(stage.layers for stage in up[:level]) + layer + 1
     part = f"below skip {policy.branch} (level {level}, layer {layer})"
 
-    def trim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def trim(args: _Args, kwargs: _Kwargs) -> Any:
         return view.trim(args, kwargs, skips, deepest)
 
     _drive(network, view, policy, part, trim, patch)
     return [f"{policy}: reuse steps leave out what is {part}"]
+
+
+def _repeat(t: Tensor, rows: int) -> Tensor:
+    return t if rows == 1 else t.expand(rows, *t.shape).flatten(0, 1)
+
+
+def _decode(stage: Stage, place: int, patch: Patch) -> None:
+    """Stage ``place`` of the way up keeps what the way down gave it, or runs on that."""
+    plain = stage.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = _call.get()
+        if call is None:
+            return plain(*args, **kwargs)
+        join = stage.read(args, kwargs)
+        if not call.reuse:
+            hidden = join.hidden.clone() if place == 0 else None
+            call.tensors[place] = (hidden, tuple(s.clone() for s in join.skips), join.size)
+            return plain(*args, **kwargs)
+        hidden, skips, size = call.tensors[place]
+        hidden = join.hidden if hidden is None else _repeat(hidden, call.rows)
+        skips = tuple(_repeat(s, call.rows) for s in skips)
+        args, kwargs = stage.write(args, kwargs, Join(hidden, skips, size))
+        return plain(*args, **kwargs)
+
+    patch.set(stage.module, "forward", forward)
+
+
+def _several(view: UNetView, policy: EncoderPropagation) -> _Reuse:
+    """Non-key steps to come are decoded together with this one, and wait for their turn."""
+
+    def reuse(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
+        step, steps = request.step, request.steps
+        waiting = call.tensors.setdefault("waiting", {})
+        if step in waiting:
+            return waiting.pop(step)
+        if request.times is None or steps is None or view.at_times is None:
+            return _alone(run, call, request, args, kwargs)
+        last = step + 1
+        while last < min(steps, step + policy.parallel) and not policy.full(last, steps):
+            last += 1
+        count = last - step
+        args, kwargs = view.at_times(args, kwargs, request.times[step:last])
+        out = _alone(run, call._replace(rows=count), request, args, kwargs).unflatten(
+            0, (count, -1)
+        )
+        waiting.update({step + i: out[i] for i in range(1, count)})
+        return out[0]
+
+    return reuse
+
+
+def encoder_propagation(
+    network: nn.Module, view: UNetView, policy: EncoderPropagation, patch: Patch
+) -> list[str]:
+    """Run :class:`~fastdiff.cache.EncoderPropagation` on a U-Net; a sentence that says how."""
+    _skip(view.conv_in, patch)
+    for stage in view.down:
+        _skip_down(stage, patch)
+    if view.mid is not None:
+        _skip(view.mid, patch)
+    for place, stage in enumerate(view.up):
+        _decode(stage, place, patch)
+
+    def trim(args: _Args, kwargs: _Kwargs) -> Any:
+        return view.trim(args, kwargs, 0, False)
+
+    several = policy.parallel > 1 and view.at_times is not None
+    reuse = _several(view, policy) if several else _alone
+    _drive(network, view, policy, "the encoder", trim, patch, reuse)
+    how = f"up to {policy.parallel} at once" if several else "one by one"
+    return [f"{policy}: the encoder runs at key steps, the others are decoded {how}"]

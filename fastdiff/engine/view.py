@@ -89,6 +89,8 @@ class UNetView(NamedTuple):
         trim: ``trim(args, kwargs, skips, mid)`` gives ``(args, kwargs)`` of a call in which only
             the first ``skips`` skips, and the middle's result where ``mid``, are still there: what
             a caller adds to the others is left out.
+        at_times: ``at_times(args, kwargs, times [G])`` gives ``(args, kwargs)`` of one call with
+            G * B rows, the rows of a time together; None where that is not known.
     """
 
     conv_in: nn.Module
@@ -99,3 +101,7 @@ class UNetView(NamedTuple):
     trim: Callable[
         [tuple[Any, ...], dict[str, Any], int, bool], tuple[tuple[Any, ...], dict[str, Any]]
     ]
+    at_times: (
+        Callable[[tuple[Any, ...], dict[str, Any], Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+        | None
+    ) = None

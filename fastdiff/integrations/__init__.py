@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.cache import DeepCache, FirstBlock, Forecast
+from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock, Forecast
 from fastdiff.engine import reuse_unet
 from fastdiff.engine.patch import Patch
 from fastdiff.integrations import unet_views, views
@@ -26,11 +26,13 @@ def reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
     Raises:
         ValueError: this policy cannot run on this class of network.
     """
-    if isinstance(policy, DeepCache):
+    if isinstance(policy, DeepCache | EncoderPropagation):
         view = unet_views.view(network)
         if isinstance(view, str):
             raise ValueError(f"accelerate: cache is {policy!r}, which needs a U-Net: {view}")
-        return reuse_unet.deepcache(network, view, policy, patch)
+        if isinstance(policy, DeepCache):
+            return reuse_unet.deepcache(network, view, policy, patch)
+        return reuse_unet.encoder_propagation(network, view, policy, patch)
     if isinstance(policy, FirstBlock | Forecast):
         parts = views.reuse(network, policy, patch)
         if parts is not None:

@@ -143,6 +143,13 @@ def _diffusers(network: Any) -> UNetView:
     )
 
 
+def _at_times(args: Args, kwargs: Kwargs, times: Tensor) -> tuple[Args, Kwargs]:
+    given = {**dict(zip(("x", "t", "y"), args, strict=False)), **kwargs}
+    batch, count = given["x"].shape[0], len(times)
+    rows = {k: v.repeat(count, *[1] * (v.dim() - 1)) for k, v in given.items() if v is not None}
+    return (), {**rows, "t": times.to(given["t"]).repeat_interleave(batch)}
+
+
 def _ours(network: Any) -> UNetView:
     return UNetView(
         network.conv_in,
@@ -151,6 +158,7 @@ def _ours(network: Any) -> UNetView:
         [_stage(b, "upsamplers", "skips") for b in network.up_blocks],
         lambda args, kwargs: args[0] if args else kwargs["x"],
         lambda args, kwargs, skips, mid: (args, kwargs),
+        _at_times,
     )
 
 

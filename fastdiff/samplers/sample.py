@@ -17,7 +17,7 @@ from fastdiff.samplers.dpmpp import DPMpp2M
 from fastdiff.samplers.heun import Euler, Heun
 from fastdiff.samplers.lcm import LCM
 from fastdiff.samplers.schedule import EDM, VP, Flow, Schedule
-from fastdiff.samplers.table import PREDICTIONS, Sampler
+from fastdiff.samplers.table import PREDICTIONS, Sampler, Table
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": DDIM(),
@@ -99,6 +99,44 @@ def _classes(model: Any, classes: Tensor | None, batch: int, device: torch.devic
     return classes.to(device)
 
 
+def _table(
+    model: Any,
+    sampler: str | Sampler,
+    steps: int,
+    clip: float | None,
+    prediction: str | None,
+    schedule: Schedule | None,
+) -> Table:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise _need("steps", steps, "an integer of at least 1")
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        raise _need("clip", clip, "a number above 0, or None")
+    prediction = prediction or getattr(model, "prediction", None) or "eps"
+    if prediction not in PREDICTIONS:
+        raise _need("prediction", prediction, f"one of {', '.join(PREDICTIONS)}")
+    if schedule is None:
+        defaults: dict[str, Schedule] = {"flow": Flow(), "edm": EDM()}
+        schedule = getattr(model, "schedule", None) or defaults.get(prediction, VP())
+    return _sampler(sampler).table(schedule, steps, prediction, clip)
+
+
+def model_times(
+    model: Any,
+    *,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    clip: float | None = None,
+    prediction: str | None = None,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Model times of the evaluations that :func:`sample` will do, ``[N]`` float32 on the CPU.
+
+    Raises:
+        ValueError: as :func:`sample`.
+    """
+    return _table(model, sampler, steps, clip, prediction, schedule).t
+
+
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
@@ -173,19 +211,9 @@ def sample(
     if not isinstance(x, Tensor):
         state = philox_normal(state.shape, seeds, slots, 0, START_STREAM, dtype=state.dtype)
 
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise _need("steps", steps, "an integer of at least 1")
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
-        raise _need("clip", clip, "a number above 0, or None")
     if not isinstance(guidance_rescale, int | float) or not 0 <= guidance_rescale <= 1:
         raise _need("guidance_rescale", guidance_rescale, "a number in [0, 1]")
-    prediction = prediction or getattr(model, "prediction", None) or "eps"
-    if prediction not in PREDICTIONS:
-        raise _need("prediction", prediction, f"one of {', '.join(PREDICTIONS)}")
-    if schedule is None:
-        defaults: dict[str, Schedule] = {"flow": Flow(), "edm": EDM()}
-        schedule = getattr(model, "schedule", None) or defaults.get(prediction, VP())
-    table = _sampler(sampler).table(schedule, steps, prediction, clip)
+    table = _table(model, sampler, steps, clip, prediction, schedule)
 
     y = _classes(model, classes, batch, state.device)
     guide = _guidance(guidance, guidance_interval, batch, state.device)

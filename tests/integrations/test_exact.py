@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff.cache import DeepCache, EncoderPropagation
 from fastdiff.dispatch import record
 
 _spec = importlib.util.spec_from_file_location("_networks", Path(__file__).with_name("networks.py"))
@@ -248,11 +249,17 @@ def test_two_threads():
     assert seen == [True] * 6
 
 
-def test_with_a_cache_that_computes_everything():
-    model, args, kwargs = networks.sd15()
+@pytest.mark.parametrize(
+    "cache",
+    [DeepCache(1), DeepCache(2), DeepCache(2, 2), EncoderPropagation(1), EncoderPropagation(2)],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [networks.sd15, networks.sdxl], ids=lambda f: f.__name__)
+def test_with_a_cache(make, cache):
+    """Also where the second call reuses: it is given the first one's input."""
+    model, args, kwargs = make()
     with fastdiff.accelerated(model):
         want = run(model, args, kwargs)
-    cache = fastdiff.cache.DeepCache(1)
-    with fastdiff.accelerated(model, cache=cache), fastdiff.request(2, 1):
+    with fastdiff.accelerated(model, cache=cache), fastdiff.request(20, 1):
         assert torch.equal(run(model, args, kwargs), want)
         assert torch.equal(run(model, args, kwargs), want)

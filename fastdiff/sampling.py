@@ -1,0 +1,51 @@
+"""``fastdiff.sample``: the sampling loop as one run of an accelerated network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff import samplers
+from fastdiff.accelerate import accelerated, acceleration_of, request
+from fastdiff.engine.request import current
+from fastdiff.samplers.sample import model_times
+
+_TIMES = ("sampler", "steps", "clip", "prediction", "schedule")  # what the model's times depend on
+
+
+def sample(
+    model: Callable[..., Tensor], x: Tensor | Sequence[int], *, cache: Any = None, **settings: Any
+) -> Tensor:
+    """Sample from a diffusion or flow model, with or without a cache.
+
+    Args:
+        model: as for :func:`fastdiff.samplers.sample`. One that ``accelerate`` has changed keeps
+            its own cache; a run that is open already (``with fastdiff.request():``) is then the
+            run, and its owner counts the steps.
+        x: the noise, or its shape.
+        cache: a policy of ``fastdiff.cache``, for this call; ``model`` is then an ``nn.Module``.
+            Every evaluation of the model is a step of the policy: Heun's method has two a level.
+        settings: of :func:`fastdiff.samplers.sample`.
+
+    Returns:
+        ``[B, C, ...]``: the sample. What the run computed stands in
+        ``fastdiff.summary(model)`` where ``model`` stays accelerated.
+
+    Raises:
+        ValueError: an argument does not fit, or ``cache`` does not run on this model.
+    """
+    if cache is None and (acceleration_of(model) is None or current() is not None):
+        return samplers.sample(model, x, **settings)
+    times = model_times(model, **{k: v for k, v in settings.items() if k in _TIMES})
+    scope: AbstractContextManager[Any] = nullcontext()
+    if cache is not None:
+        scope = accelerated(model, cache=cache, exact=False)
+    with scope, request(len(times), calls_per_step=1) as run:
+        run.times = times
+        acceleration = acceleration_of(model)
+        assert acceleration is not None
+        acceleration.last = run
+        return samplers.sample(model, x, **settings)
