@@ -17,15 +17,7 @@ from _case import Case
 from torch import nn
 
 import fastdiff
-
-
-def redraw(model: nn.Module) -> nn.Module:
-    """Every parameter at random: no branch is closed."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
-    return model.eval().requires_grad_(False)
+from fastdiff.testing import draw_weights
 
 
 def dit() -> tuple[nn.Module, dict[str, Any]]:
@@ -137,7 +129,7 @@ def cases() -> list[Case]:
     for make in (dit, pixart, sd3, flux, unet, unconditional, wan):
         torch.manual_seed(0)
         plain, kwargs = make()
-        redraw(plain)
+        draw_weights(plain, 0.02).requires_grad_(False)
         ours = fastdiff.accelerate(copy.deepcopy(plain))
         arms = {"eager": call(plain, kwargs)}
         result.append(Case(f"{make.__name__} float32", call(ours, kwargs), arms, target=1.0))

@@ -248,12 +248,13 @@ def accelerated(target: Any, **settings: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def request(steps: int | None = None, calls_per_step: int = 1) -> Iterator[Request]:
+def request(steps: int | None = None, calls_per_step: int | None = 1) -> Iterator[Request]:
     """One run of a loop of your own, in which caches work from step to step.
 
     Args:
         steps: model evaluations to come, for policies that plan ahead.
-        calls_per_step: calls of the network in a step: 2 where guidance calls it twice.
+        calls_per_step: calls of the network in a step: 2 where guidance calls it twice. None where
+            the number varies (guidance in an interval): then ``run.advance()`` ends each step.
     """
     run = Request(steps, calls_per_step)
     try:

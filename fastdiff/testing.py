@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,6 +60,27 @@ def assert_close(
     size = exact[finite].abs().max() if finite.any() else torch.zeros(())
     bound = factor * base.item() + 4 * ROUNDOFF[got.dtype] * size.item()
     assert error.item() <= bound, f"{what}: error {error.item():.3g} above {bound:.3g}"
+
+
+def draw_weights(model: torch.nn.Module, std: float = 0.05) -> Any:
+    """``model`` in evaluation mode, every parameter drawn anew from one seed, weights of norms
+    around 1: no branch is closed, as zero-initialised ones are, and no norm trivial."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(std * torch.randn(p.shape, generator=generator))
+            if p.dim() == 1 and "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    return model.eval()
+
+
+def load_file(path: Path) -> ModuleType:
+    """A Python file as a module: what a test shares that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"fastdiff_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 LAYOUTS = ("contiguous", "sliced", "transposed", "misaligned")

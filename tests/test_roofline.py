@@ -1,22 +1,19 @@
 """bench/roofline.py: its counts and bounds, from figures worked out by hand."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastdiff import gpu_cases
+from fastdiff.testing import load_file
 
 PATH = Path(__file__).parents[1] / "bench" / "roofline.py"
 
 
 @pytest.fixture(scope="module")
 def roofline():
-    spec = importlib.util.spec_from_file_location("roofline", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(PATH)
 
 
 def case(op, start, dtype=torch.bfloat16):

@@ -8,19 +8,11 @@ from fastdiff import samplers
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock
 from fastdiff.models import DiT, UNet
-
-
-def seeded(model):
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.05)
-        if "norm" in name and name.endswith("weight"):
-            p.data.add_(1)
-    return model.eval()
+from fastdiff.testing import draw_weights
 
 
 def unet():
-    return seeded(
+    return draw_weights(
         UNet(
             block_out_channels=(16, 32, 32), layers_per_block=2, transformer_depth=(1, 1, 0),
             heads=2, groups=8, cross_attention_dim=24, num_classes=5, class_tokens=3,

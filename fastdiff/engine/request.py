@@ -78,6 +78,9 @@ class Request:
         outer, self.slot = self.slot, (id(model), number)
         try:
             yield self.slot
+        except BaseException:
+            self._calls[id(model)] = number  # it did not take place
+            raise
         finally:
             self.slot = outer
         if self._calls_per_step is not None and number + 1 == self._calls_per_step:

@@ -44,7 +44,7 @@ class Stack:
         kept = self._request.state.get(self._key)
         fits = tuple((s.shape, s.dtype, s.device) for s in start)
         if kept is not None and kept["fits"] != fits:
-            kept = self._request.state.pop(self._key) and None
+            kept = None  # another size: a run of its own
         if kept is None:
             kept = self._request.state[self._key] = {"fits": fits, "past": []}
         self._kept, self._start = kept, start
@@ -190,8 +190,8 @@ def drive(
     network: nn.Module,
     policy: Policy,
     part: str,
-    compact: Callable[[tuple[Any, ...], dict[str, Any]], bool],
     patch: Patch,
+    view: BlockView,
 ) -> None:
     """Around every call of the network: caches are on within a run, and nowhere else."""
     plain = network.forward
@@ -201,11 +201,12 @@ def drive(
         if request is not None and request.slot is not None:
             off = "training mode" if network.training else ""
             off = off or ("gradients are recorded" if torch.is_grad_enabled() else "")
+            off = off or view.off(args, kwargs)
             if off:
                 request.trace.append(Event(request.step, request.slot, part, (), f"off: {off}"))
                 request.state.pop((request.slot, "blocks"), None)
             else:
-                stack = Stack(request, policy, part, compact(args, kwargs))
+                stack = Stack(request, policy, part, not view.whole(args, kwargs))
         token = _stack.set(stack)
         try:
             return plain(*args, **kwargs)
@@ -227,5 +228,5 @@ def blocks(network: nn.Module, view: BlockView, policy: Policy, patch: Patch) ->
     for i in range(count):
         _wrap(view, i, head, patch)
     part = f"blocks {head}-{count - 1}"
-    drive(network, policy, part, lambda args, kwargs: not view.whole(args, kwargs), patch)
+    drive(network, policy, part, patch, view)
     return [f"{policy}: {part} are computed or reused"]

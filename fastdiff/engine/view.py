@@ -33,10 +33,12 @@ class BlockView(NamedTuple):
         blocks: in the order of their calls.
         whole: ``whole(args, kwargs)`` of a call of the network: it adds to the streams between
             blocks (ControlNet), so that all samples must pass them together.
+        off: ``off(args, kwargs)`` of such a call: why caches are off for it, "" where they are on.
     """
 
     blocks: Sequence[Block]
     whole: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: False
+    off: Callable[[tuple[Any, ...], dict[str, Any]], str] = lambda args, kwargs: ""
 
 
 class Join(NamedTuple):

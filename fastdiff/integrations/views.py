@@ -50,7 +50,11 @@ def _sd3(network: Any) -> BlockView:
     *listed, last = (_two(m, "text") for m in network.transformer_blocks)
     # The last block ends the text.
     last = last._replace(pack=lambda streams: (None, streams[0]), unpack=lambda out: (out[1],))
-    return BlockView([*listed, last], _adds("block_controlnet_hidden_states"))
+
+    def off(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        return "skip_layers leaves out blocks" if kwargs.get("skip_layers") else ""
+
+    return BlockView([*listed, last], _adds("block_controlnet_hidden_states"), off)
 
 
 def _single(network: Any) -> BlockView:
@@ -104,7 +108,7 @@ def dit(network: DiT, policy: Policy, patch: Patch) -> list[str]:
 
     patch.set(network, "layers", layers)
     part = f"blocks {head}-{count - 1}"
-    drive(network, policy, part, lambda args, kwargs: True, patch)
+    drive(network, policy, part, patch, BlockView([]))
     return [f"{policy}: {part} are computed or reused"]
 
 

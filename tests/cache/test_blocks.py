@@ -1,6 +1,5 @@
 """Caches of transformer blocks: neutral settings, per-sample decisions, schedules, requests."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ import fastdiff
 from fastdiff import models
 from fastdiff.cache import FirstBlock, Forecast
 from fastdiff.cache.forecast import lagrange
+from fastdiff.engine import reuse_blocks
+from fastdiff.testing import load_file
 
-_path = Path(__file__).parents[1] / "integrations" / "networks.py"
-_spec = importlib.util.spec_from_file_location("_networks", _path)
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
+networks = load_file(Path(__file__).parents[1] / "integrations" / "networks.py")
 
 TRANSFORMERS = [networks.dit, networks.pixart, networks.sd3, networks.flux, networks.wan]
 every = pytest.mark.parametrize("make", TRANSFORMERS, ids=lambda f: f.__name__)
@@ -210,6 +208,52 @@ def test_a_call_that_breaks_off_within_a_run_keeps_the_pair_before_it():
             model.attend = plain
         assert torch.equal(model(*calls[2]), want)
         assert all(request.trace[-1].computed)
+
+
+@torch.no_grad()
+def test_steps_with_one_or_two_calls_keep_their_slots():
+    """Guidance that ends: the conditional branch is compared with itself to the last step."""
+    model, (x, t, y) = fastdiff.accelerate(ours(), cache=FirstBlock(1e-6)), inputs(2, 0)
+    with fastdiff.request(calls_per_step=None) as run_:
+        for step in range(5):
+            model(x, t, y)
+            if step < 2:
+                model(x + 1, t, y)
+            run_.advance()
+    assert [e.slot[1] for e in run_.trace] == [0, 1, 0, 1, 0, 0, 0]
+    assert [any(e.computed) for e in run_.trace] == [True, True] + [False] * 5
+
+
+@torch.no_grad()
+def test_a_call_that_failed_is_no_call():
+    model, (x, t, y) = fastdiff.accelerate(ours(), cache=FirstBlock(1e-6)), inputs(2, 0)
+    with fastdiff.request() as run_:
+        model(x, t, y)
+        with pytest.raises(ValueError, match="DiT: t is"):
+            model(x, None, y)
+        model(x, t, y)
+    assert [(e.step, e.slot[1], any(e.computed)) for e in run_.trace] == [
+        (0, 0, True),
+        (1, 0, False),
+    ]
+
+
+def test_tensors_of_samples_are_taken_out_of_dicts_and_lists():
+    rows, t, table = torch.tensor([2, 0]), torch.arange(6.0).view(3, 2), (torch.zeros(3, 2),)
+    found = reuse_blocks._taken({"a": t, "b": [t[:, 0]], "c": table, "d": "x"}, rows, 3)
+    assert torch.equal(found["a"], t[rows]) and torch.equal(found["b"][0], t[rows, 0])
+    assert found["c"] is table and found["d"] == "x"
+
+
+def test_sd3_with_skipped_layers_runs_plain_and_says_so():
+    model, args, kwargs = networks.sd3()
+    kwargs = {**kwargs, "skip_layers": [0]}
+    want = call(model, args, kwargs)
+    with fastdiff.accelerated(model, cache=FirstBlock(9.0), exact=False):
+        with fastdiff.request() as run_:
+            for _ in range(2):
+                assert torch.equal(call(model, args, kwargs), want)
+    assert [e.how for e in run_.trace] == ["off: skip_layers leaves out blocks"] * 2
 
 
 def test_bad_settings():

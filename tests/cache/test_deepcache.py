@@ -8,21 +8,13 @@ import torch
 import fastdiff
 from fastdiff.cache import DeepCache
 from fastdiff.cache.deepcache import quad_steps
+from fastdiff.testing import draw_weights
 
 SIZES = dict(block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8)
 
 
-def seeded(model):
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.05)
-        if "norm" in name and name.endswith("weight"):
-            p.data.add_(1)
-    return model.eval()
-
-
 def unet():
-    return seeded(
+    return draw_weights(
         diffusers.UNet2DConditionModel(
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -37,7 +29,7 @@ def pipeline(cls=diffusers.StableDiffusionPipeline):
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     pipe = cls(
-        vae=seeded(vae), text_encoder=None, tokenizer=None, unet=unet(),
+        vae=draw_weights(vae), text_encoder=None, tokenizer=None, unet=unet(),
         scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Encoder propagation: key steps, runs of pipelines, prior noise, equality with a plain loop."""
 
-import importlib.util
 from pathlib import Path
 
 import diffusers
@@ -10,17 +9,10 @@ import torch
 import fastdiff
 from fastdiff.cache import EncoderPropagation
 from fastdiff.cache.faster_diffusion import NAMED
+from fastdiff.testing import load_file
 
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location(f"_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-deepcache = _load(Path(__file__).parent / "test_deepcache.py")
-views = _load(Path(__file__).parents[1] / "integrations" / "test_unet_views.py")
+deepcache = load_file(Path(__file__).parent / "test_deepcache.py")
+views = load_file(Path(__file__).parents[1] / "integrations" / "test_unet_views.py")
 draw, last, pipeline, relative = (
     getattr(deepcache, name) for name in ("draw", "last", "pipeline", "relative")
 )

@@ -13,6 +13,10 @@ from fastdiff import _native, _nvrtc
 
 KERNELS = sorted(p for p in _nvrtc.CSRC.glob("cuda/*.cu") if p.stem != "library")
 
+# Where NVRTC needs fewer registers than nvcc, by up to a sixth: its front end addresses shared
+# memory with 64 bits, nvcc's with 32, no option of NVRTC changes that, and ptxas schedules anew.
+FEWER = {("fused_step", "sm_120a"), ("group_norm_silu", "sm_80"), ("group_norm_silu", "sm_90a")}
+
 
 @pytest.mark.skipif(not _native.GPU_LIBRARY.exists(), reason="built without nvcc")
 class TestLibrary:
@@ -66,5 +70,8 @@ def test_nvrtc_gives_what_nvcc_gives(path, arch, tmp_path):
     theirs = registers(out.read_bytes(), tmp_path)
     assert theirs and set(theirs) <= set(ours)
     for name, count in theirs.items():
-        # Fewer happens: NVRTC keeps addresses in 64 bits and ptxas picks another schedule.
-        assert ours[name] <= max(count + 2, 1.1 * count), name
+        bound = max(2, 0.1 * count)
+        if (path.stem, arch) in FEWER:
+            assert ours[name] <= count + bound, name
+        else:
+            assert abs(ours[name] - count) <= bound, name

@@ -4,7 +4,6 @@ Each kernel as it is must pass its tests in all three builds: plain, address + u
 Each mutant should fail in one of them. Misses are named; nine of ten must be found.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff import testing_simt
+from fastdiff.testing import load_file
 
 HERE, CUDA = Path(__file__).parent, testing_simt.CSRC / "cuda"
 OPS = sorted(p.stem.removeprefix("mutants_") for p in HERE.glob("mutants_*.py"))
@@ -22,11 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def mutants(op):
-    path = HERE / f"mutants_{op}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MUTANTS
+    return load_file(HERE / f"mutants_{op}.py").MUTANTS
 
 
 def passes(op, source, build, folder):

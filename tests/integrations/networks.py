@@ -3,16 +3,7 @@
 import diffusers
 import torch
 
-
-def redraw(model, std=0.06):
-    """Every parameter at random, so that no branch is closed and no norm trivial."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
-            if p.dim() == 1 and "norm" in name and name.endswith("weight"):
-                p.add_(1)
-    return model.eval()
+from fastdiff.testing import draw_weights
 
 
 def draw(*shape, seed=1):
@@ -25,7 +16,7 @@ def dit():
         sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
     t, y = torch.tensor([10, 900]), torch.tensor([3, 5])
-    return redraw(model), (draw(2, 4, 8, 8),), {"timestep": t, "class_labels": y}
+    return draw_weights(model), (draw(2, 4, 8, 8),), {"timestep": t, "class_labels": y}
 
 
 def pixart():
@@ -40,7 +31,7 @@ def pixart():
         encoder_attention_mask=mask,
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     )  # fmt: skip
-    return redraw(model), (draw(2, 4, 8, 12),), kwargs
+    return draw_weights(model), (draw(2, 4, 8, 12),), kwargs
 
 
 def sd3(dual=(), qk_norm=None):
@@ -54,7 +45,7 @@ def sd3(dual=(), qk_norm=None):
         encoder_hidden_states=draw(2, 7, 24, seed=2), pooled_projections=draw(2, 20, seed=3),
         timestep=torch.tensor([10.0, 900.0]),
     )  # fmt: skip
-    return redraw(model), (draw(2, 4, 8, 12),), kwargs
+    return draw_weights(model), (draw(2, 4, 8, 12),), kwargs
 
 
 def sd35():
@@ -73,7 +64,7 @@ def flux():
         timestep=torch.tensor([0.1, 0.9]), img_ids=grid, txt_ids=torch.zeros(7, 3),
         guidance=torch.tensor([3.5, 2.0]),
     )  # fmt: skip
-    return redraw(model), (draw(2, 15, 4),), kwargs
+    return draw_weights(model), (draw(2, 15, 4),), kwargs
 
 
 def unet(scale_shift="default"):
@@ -83,7 +74,7 @@ def unet(scale_shift="default"):
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=16,
         resnet_time_scale_shift=scale_shift,
     )  # fmt: skip
-    return redraw(model), (draw(2, 3, 16, 24), torch.tensor([10, 900])), {}
+    return draw_weights(model), (draw(2, 3, 16, 24), torch.tensor([10, 900])), {}
 
 
 def unet_scale_shift():
@@ -100,7 +91,7 @@ def sd15():
     mask = torch.ones(2, 7)
     mask[1, 3:] = 0
     kwargs = {"encoder_hidden_states": draw(2, 7, 24, seed=2), "encoder_attention_mask": mask}
-    return redraw(model), (draw(2, 4, 16, 24), torch.tensor([10, 900])), kwargs
+    return draw_weights(model), (draw(2, 4, 16, 24), torch.tensor([10, 900])), kwargs
 
 
 def sdxl():
@@ -114,7 +105,7 @@ def sdxl():
     )  # fmt: skip
     added = {"text_embeds": draw(2, 20, seed=3), "time_ids": torch.arange(12.0).view(2, 6)}
     kwargs = {"encoder_hidden_states": draw(2, 7, 24, seed=2), "added_cond_kwargs": added}
-    return redraw(model), (draw(2, 4, 16, 16), torch.tensor([10, 900])), kwargs
+    return draw_weights(model), (draw(2, 4, 16, 16), torch.tensor([10, 900])), kwargs
 
 
 def wan():
@@ -126,7 +117,7 @@ def wan():
         "timestep": torch.tensor([10, 900]),
         "encoder_hidden_states": draw(2, 7, 24, seed=2),
     }
-    return redraw(model), (draw(2, 4, 2, 8, 12),), kwargs
+    return draw_weights(model), (draw(2, 4, 2, 8, 12),), kwargs
 
 
 NETWORKS = (dit, pixart, sd3, sd35, flux, unet, unet_scale_shift, sd15, sdxl, wan)

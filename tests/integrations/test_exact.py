@@ -1,7 +1,6 @@
 """Exact mode: networks of diffusers on our operations give what they gave, and come back as they
 were."""
 
-import importlib.util
 import threading
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import torch
 import fastdiff
 from fastdiff.cache import DeepCache, EncoderPropagation
 from fastdiff.dispatch import record
+from fastdiff.testing import load_file
 
-_spec = importlib.util.spec_from_file_location("_networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
+networks = load_file(Path(__file__).with_name("networks.py"))
 
 every = pytest.mark.parametrize("make", networks.NETWORKS, ids=lambda f: f.__name__)
 some = pytest.mark.parametrize(

@@ -1,15 +1,13 @@
 """Keys and values of a prompt: projected anew whenever prompt or weights change, else kept."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
 
 import fastdiff
+from fastdiff.testing import load_file
 
-_spec = importlib.util.spec_from_file_location("_networks", Path(__file__).with_name("networks.py"))
-networks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(networks)
+networks = load_file(Path(__file__).with_name("networks.py"))
 
 
 @torch.no_grad()

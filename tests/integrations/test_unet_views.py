@@ -7,17 +7,7 @@ import torch
 import fastdiff
 from fastdiff.cache import DeepCache
 from fastdiff.models import UNet
-
-
-def seeded(model):
-    """Weights that let every part be heard."""
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.1)
-        if "norm" in name and name.endswith("weight"):
-            p.data.add_(1)
-    return model.eval()
-
+from fastdiff.testing import draw_weights
 
 SIZES = dict(
     block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, in_channels=4,
@@ -31,7 +21,7 @@ def sd15(**more):
     kind = dict(
         down_block_types=DOWN, up_block_types=UP, cross_attention_dim=16, attention_head_dim=2,
     )  # fmt: skip
-    return seeded(diffusers.UNet2DConditionModel(**{**SIZES, **kind, **more}))
+    return draw_weights(diffusers.UNet2DConditionModel(**{**SIZES, **kind, **more}))
 
 
 def sdxl():
@@ -44,7 +34,7 @@ def sdxl():
 
 
 def classes_only():
-    return seeded(
+    return draw_weights(
         diffusers.UNet2DModel(
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), num_class_embeds=5,
@@ -54,7 +44,7 @@ def classes_only():
 
 
 def ours():
-    return seeded(
+    return draw_weights(
         UNet(
             block_out_channels=(16, 32, 32), layers_per_block=2, transformer_depth=(1, 1, 0),
             heads=2, groups=8, cross_attention_dim=24, num_classes=5, class_tokens=3,
@@ -124,7 +114,7 @@ def test_odd_sizes_and_masks(branch):
 def controlnet_residuals(model, scale=1.0):
     x, more = inputs("sd15")
     torch.manual_seed(5)
-    net = seeded(diffusers.ControlNetModel.from_unet(model))
+    net = draw_weights(diffusers.ControlNetModel.from_unet(model))
     more.pop("return_dict")
     down, mid = net(x, controlnet_cond=torch.randn(2, 3, 128, 128), return_dict=False, **more)
     return [scale * d for d in down], scale * mid
@@ -190,7 +180,7 @@ def test_what_is_no_unet():
     for model, need in (
         (torch.nn.Linear(2, 2), "Linear is none of UNet2DModel"),
         (
-            seeded(
+            draw_weights(
                 diffusers.UNet2DModel(
                     down_block_types=("DownBlock2D", "SkipDownBlock2D"),
                     up_block_types=("SkipUpBlock2D", "UpBlock2D"), sample_size=8,
