@@ -28,9 +28,11 @@ class Acceleration:
         last: the last run that ended or broke off.
         inject: the policy whose noise is added after every step of the scheduler, or None.
         lonely: calls of a network outside any run, for which caches were off.
+        cache_bytes: what the caches of a run may hold at a time, None for any number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache_bytes: int | None = None) -> None:
+        self.cache_bytes = cache_bytes
         self.patch = Patch()
         self.parts: list[str] = []
         self.last: Request | None = None
@@ -71,6 +73,8 @@ def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> N
             return plain(*args, **kwargs)
         if request.steps is None and request.owner is acceleration:
             request.steps = _steps_to_come(pipe)
+        if acceleration.cache_bytes is not None:
+            request.limit = acceleration.cache_bytes
         with request.call(network):
             return plain(*args, **kwargs)
 
@@ -116,15 +120,27 @@ def _open_requests(pipe: Any, acceleration: Acceleration) -> None:
     acceleration.patch.set_class(pipe, type(plain.__name__, (plain,), names))
 
 
-def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
+def _policies(cache: Any) -> list[Any]:
+    """``cache`` of a caller as a list: None, one policy or several."""
+    if cache is None:
+        return []
+    return list(cache) if isinstance(cache, list | tuple) else [cache]
+
+
+def accelerate(
+    target: Any, *, cache: Any = None, exact: bool = True, cache_bytes: int | None = None
+) -> Any:
     """Make a diffusers pipeline, or a network on its own, faster.
 
     Args:
         target: a pipeline with a ``unet`` or ``transformer``, or an ``nn.Module``. Changed in
             place; :func:`restore` takes every change back.
-        cache: a policy of ``fastdiff.cache``; None computes everything. Caches work within a run:
-            a call of the pipeline, or ``with fastdiff.request():`` around a loop of your own.
+        cache: a policy of ``fastdiff.cache``, or a list of policies that skip different things;
+            None computes everything. Caches work within a run: a call of the pipeline, or
+            ``with fastdiff.request():`` around a loop of your own.
         exact: attention, norms, activations and residuals run on our operations.
+        cache_bytes: what the caches of a run may hold at a time. A run that needs more ends with a
+            ValueError in its first model call, before the first step.
 
     Returns:
         ``target``.
@@ -144,20 +160,23 @@ def accelerate(target: Any, *, cache: Any = None, exact: bool = True) -> Any:
     for name, network in networks.items():
         if _KEY in network.__dict__:
             raise ValueError(f"accelerate: {name} is accelerated already, need restore before")
-    acceleration = Acceleration()
-    if isinstance(cache, EncoderPropagation) and cache.inject:
-        if target in networks.values():
-            raise ValueError(
-                f"accelerate: cache has inject {cache.inject}, which needs a pipeline; target is "
-                f"{type(target).__name__}"
-            )
-        acceleration.inject = cache
+    if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes < 0):
+        raise ValueError(f"accelerate: cache_bytes is {cache_bytes!r}, need an integer of bytes")
+    policies = _policies(cache)
+    acceleration = Acceleration(cache_bytes)
+    for policy in policies:
+        if isinstance(policy, EncoderPropagation) and policy.inject:
+            if target in networks.values():
+                raise ValueError(
+                    f"accelerate: cache has inject {policy.inject}, which needs a pipeline; target "
+                    f"is {type(target).__name__}"
+                )
+            acceleration.inject = policy
     patch = acceleration.patch
     try:
         for name, network in networks.items():
             parts = integrations.exact(network, patch) if exact else []
-            if cache is not None:
-                parts += integrations.reuse(network, cache, patch)
+            parts += integrations.reuse(network, policies, patch)
             acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
             _count_calls(network, target, acceleration)
             patch.set(network, _KEY, acceleration)

@@ -28,6 +28,21 @@ class Event(NamedTuple):
     how: str  # "full", "reuse", "forecast", ...
 
 
+def _memory(value: Any, found: dict[int, int]) -> None:
+    """Bytes of the tensors in a tree of dicts, lists, tuples and objects, by address."""
+    if isinstance(value, Tensor):
+        memory = value.untyped_storage()
+        found[memory.data_ptr()] = memory.nbytes()
+    elif isinstance(value, dict):
+        for item in value.values():
+            _memory(item, found)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _memory(item, found)
+    elif hasattr(value, "__dict__"):
+        _memory(vars(value), found)
+
+
 class Request:
     """State of one run.
 
@@ -40,6 +55,8 @@ class Request:
         state: what policies keep, by a key that begins with ``slot``.
         trace: what every model call did.
         syncs: how often the host waited for a decision.
+        limit: bytes that caches may hold at a time, None for any number.
+        peak_bytes: the most that :attr:`state` held after a model call.
         rows: which row of which op ran how often, ``{("attention", "native"): 24}``.
         owner: whose run it is, None for one that the user opened.
     """
@@ -62,12 +79,36 @@ class Request:
         self.syncs = 0
         self.rows: Counter[tuple[str, str]] = Counter()
         self.owner = owner
+        self.limit: int | None = None
+        self.peak_bytes = 0
         self._calls: dict[int, int] = {}
+        self._claims: dict[Hashable, int] = {}
 
     def advance(self) -> None:
         """The next step begins."""
         self.step += 1
         self._calls.clear()
+
+    def claim(self, key: Hashable, size: int) -> None:
+        """A cache says how many bytes it will hold under ``key`` of :attr:`state`, before it holds
+        any: in the first model call of a run, when it knows the shapes.
+
+        Raises:
+            ValueError: with what is claimed already it is more than :attr:`limit`.
+        """
+        total = sum(self._claims.values()) - self._claims.get(key, 0) + size
+        if self.limit is not None and total > self.limit:
+            raise ValueError(
+                f"accelerate: cache_bytes is {self.limit}, but the caches of this run hold {total} "
+                "bytes; need a larger limit, a smaller batch or another policy"
+            )
+        self._claims[key] = size
+
+    def bytes(self) -> int:
+        """What :attr:`state` holds now, every tensor's memory counted once."""
+        found: dict[int, int] = {}
+        _memory(self.state, found)
+        return sum(found.values())
 
     @contextmanager
     def call(self, model: object) -> Iterator[Hashable]:
@@ -83,6 +124,7 @@ class Request:
             raise
         finally:
             self.slot = outer
+        self.peak_bytes = max(self.peak_bytes, self.bytes())
         if self._calls_per_step is not None and number + 1 == self._calls_per_step:
             self.advance()
 

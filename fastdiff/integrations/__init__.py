@@ -7,6 +7,8 @@ A file for each family; each has what of these it can:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -20,12 +22,33 @@ from fastdiff.integrations.exact_mode import exact
 __all__ = ["exact", "reuse"]
 
 
-def reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
-    """Let ``policy`` skip parts of ``network``; sentences that name them.
+# What policies skip, the innermost first; one network takes one of each.
+_KINDS: tuple[tuple[type, ...], ...] = ((DeepCache, EncoderPropagation, FirstBlock, Forecast),)
+
+
+def _kind(policy: Any) -> int:
+    for i, classes in enumerate(_KINDS):
+        if isinstance(policy, classes):
+            return i
+    raise ValueError(f"accelerate: cache is {policy!r}, need policies of fastdiff.cache")
+
+
+def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str]:
+    """Let ``policies`` skip parts of ``network``; sentences that name them.
 
     Raises:
-        ValueError: this policy cannot run on this class of network.
+        ValueError: a policy cannot run on this class of network, or two of them skip the same.
     """
+    ordered = sorted(policies, key=_kind)
+    for one, two in pairwise(ordered):
+        if _kind(one) == _kind(two):
+            raise ValueError(
+                f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
+            )
+    return [part for policy in ordered for part in _reuse(network, policy, patch)]
+
+
+def _reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
     if isinstance(policy, DeepCache | EncoderPropagation):
         view = unet_views.view(network)
         if isinstance(view, str):
