@@ -6,7 +6,7 @@ import torch
 import fastdiff
 from fastdiff import samplers
 from fastdiff.accelerate import acceleration_of
-from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock
+from fastdiff.cache import DeepCache, EncoderPropagation
 from fastdiff.models import DiT, UNet
 from fastdiff.testing import draw_weights
 
@@ -107,8 +107,9 @@ def test_what_a_model_cannot():
         learn_sigma=False,
     ).eval()  # fmt: skip
     for model, cache, need in (
-        (dit, DeepCache(3), "needs a U-Net: DiT is none of"),
-        (unet(), FirstBlock(0.1), "does not run on UNet"),
+        (dit, EncoderPropagation(3), "does not run on DiT: DiT is none of"),
+        (dit, DeepCache(3, branch=1), "needs 3 blocks or more, and this DiT has 2"),
+        (unet(), DeepCache(3, branch=99), "this network has branches 0 to"),
         (unet(), EncoderPropagation(3, inject=0.003), "which needs a pipeline"),
         (lambda x, t, y: x, DeepCache(3), "target is function"),
     ):

@@ -1,8 +1,17 @@
 """Cache policies: when to compute and when to reuse. Pure; the engine holds their state."""
 
+from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.magnitude import MagnitudeRatio
 
-__all__ = ["DeepCache", "EncoderPropagation", "FirstBlock", "Forecast"]
+__all__ = [
+    "AccumulatedDistance",
+    "DeepCache",
+    "EncoderPropagation",
+    "FirstBlock",
+    "Forecast",
+    "MagnitudeRatio",
+]

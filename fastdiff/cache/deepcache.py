@@ -4,6 +4,9 @@ A U-Net joins its way down and its way up at every skip. At a full step the hidd
 enters the join of skip ``branch`` on the way up is kept. At the steps between, the network runs
 only what is above that join: the way down as far as the skip, then the join with the kept state,
 then the rest of the way up. The time embedding and the skips above the join are the step's own.
+
+With ``order`` the kept state is continued from its last values instead of reused. A transformer has
+no skips: there ``branch`` blocks at each end always run, and the residual of the others is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastdiff.cache._check import number, step_list, whole
+from fastdiff.cache._check import extrapolation, number, step_list, whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class DeepCache:
             themselves, ascending from 0.
         center: of "quad", a step; None is 0.
         power: of "quad", above 1; lowered by 0.02 until the full steps are distinct.
+        order: of the forecast from what was computed, 0 (reuse: the paper's) to 4.
+        method: of :mod:`fastdiff.cache.extrapolate`.
 
     Raises:
         ValueError: an argument does not fit.
@@ -42,12 +47,15 @@ class DeepCache:
     schedule: str | Sequence[int] = "uniform"
     center: int | None = None
     power: float = 1.2
+    order: int = 0
+    method: str = "lagrange"
 
     def __post_init__(self) -> None:
         whole("DeepCache", "interval", self.interval, 1)
         whole("DeepCache", "branch", self.branch, 0)
         if self.center is not None:
             whole("DeepCache", "center", self.center, 0)
+        extrapolation("DeepCache", self.order, self.method)
         above = math.nextafter(1, 2)
         number("DeepCache", "power", self.power, above, 1e9, "a number above 1")
         if isinstance(self.schedule, str):
@@ -59,6 +67,11 @@ class DeepCache:
         else:
             steps = step_list("DeepCache", "schedule", self.schedule)
             object.__setattr__(self, "schedule", steps)
+
+    @property
+    def neutral(self) -> bool:
+        """It computes everything."""
+        return self.interval == 1 and isinstance(self.schedule, str)
 
     def full(self, step: int, steps: int | None) -> bool:
         """Step ``step`` of ``steps``, from 0, computes the whole network.

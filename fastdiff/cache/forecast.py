@@ -1,11 +1,7 @@
-r"""Forecasts of features (after TaylorSeer, Liu et al. 2025, arXiv:2503.06923) on a fixed schedule.
+"""Forecasts of features on a schedule that is known before the run.
 
-The residual F of a stack of blocks is computed at some steps and continued as a polynomial through
-the last ``order + 1`` of them, in Lagrange's form, which takes nodes that are unevenly spaced:
-
-    F(s) = sum_j F(s_j) prod_{i != j} (s - s_i) / (s_j - s_i)
-
-Order 0 reuses the last one.
+The residual of a stack of blocks (on a U-Net: what its depths hand to the join of skip 0) is
+computed at some steps, and continued from the last of them at the others.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdiff.cache._check import whole
+from fastdiff.cache._check import extrapolation, step_list, whole
 
 
 @dataclass(frozen=True)
@@ -22,9 +18,12 @@ class Forecast:
 
     Args:
         interval: after ``warmup`` steps every N-th is computed; 1 forecasts nothing.
-        order: of the polynomial, 0 to 4; lower while fewer steps have been computed.
+        order: of the forecast, 0 (reuse) to 4; lower while fewer steps have been computed.
         warmup: first steps that are all computed, at least 1.
         last: the last step of a run is computed, where the number of steps is known.
+        method: of :mod:`fastdiff.cache.extrapolate`.
+        schedule: the computed steps themselves, ascending from 0; ``interval`` and ``warmup`` are
+            then not used.
 
     Raises:
         ValueError: an argument does not fit.
@@ -34,28 +33,26 @@ class Forecast:
     order: int = 1
     warmup: int = 2
     last: bool = False
+    method: str = "lagrange"
+    schedule: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         whole("Forecast", "interval", self.interval, 1)
-        whole("Forecast", "order", self.order, 0)
         whole("Forecast", "warmup", self.warmup, 1)
-        if self.order > 4:
-            raise ValueError(f"Forecast: order is {self.order}, need at most 4")
+        extrapolation("Forecast", self.order, self.method)
+        if self.schedule is not None:
+            steps = step_list("Forecast", "schedule", self.schedule)
+            object.__setattr__(self, "schedule", steps)
+
+    @property
+    def neutral(self) -> bool:
+        """It computes everything."""
+        return self.interval == 1 and self.schedule is None
 
     def full(self, step: int, steps: int | None) -> bool:
         """Step ``step`` of ``steps``, from 0, is computed."""
         if self.last and steps is not None and step == steps - 1:
             return True
+        if self.schedule is not None:
+            return step in self.schedule
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
-
-
-def lagrange(nodes: Sequence[int], step: int) -> list[float]:
-    """Weights of the values at ``nodes`` (distinct) for the value at ``step``."""
-    weights = []
-    for j, here in enumerate(nodes):
-        weight = 1.0
-        for i, other in enumerate(nodes):
-            if i != j:
-                weight *= (step - other) / (here - other)
-        weights.append(weight)
-    return weights

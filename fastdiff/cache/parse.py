@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.magnitude import MagnitudeRatio
 
 POLICIES: dict[str, Any] = {
+    "accumulated": AccumulatedDistance,
     "deepcache": DeepCache,
     "encoder": EncoderPropagation,
     "firstblock": FirstBlock,
+    "magnitude": MagnitudeRatio,
     "taylor": Forecast,
 }
 

@@ -1,8 +1,8 @@
 """Caches of a stack of blocks at work: the residual of the blocks past a head is kept and reused.
 
 Decisions are per sample. Samples that compute are taken out of the batch and go through the blocks
-alone; the others get what they had. What a rule decides from features is read by the host once a
-call and counted; a schedule is known before and costs no wait.
+alone; the others get what they had, or a forecast from it. What a rule decides from features is
+read by the host once a call and counted; a schedule is known before and costs no wait.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.cache.accumulated import AccumulatedDistance
+from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.first_block import FirstBlock
-from fastdiff.cache.forecast import Forecast, lagrange
+from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.magnitude import MagnitudeRatio
+from fastdiff.engine.decide import Kept, decide
+from fastdiff.engine.history import Streams, fits_of
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
-from fastdiff.engine.view import BlockView, Streams
+from fastdiff.engine.rows import call_of
+from fastdiff.engine.view import BlockView
 
-Policy = FirstBlock | Forecast
+Policy = FirstBlock | AccumulatedDistance | Forecast | MagnitudeRatio | DeepCache
 _ALL = "all"
 
 
@@ -32,94 +38,41 @@ class Stack:
 
     def __init__(self, request: Request, policy: Policy, part: str, compact: bool) -> None:
         self._request, self._policy, self._part, self._compact = request, policy, part, compact
-        self._key = (request.slot, "blocks")
         self.rows: str | Tensor | None = _ALL
         self._start: Streams = ()
-        self._reused: Streams = ()
-        self._head: Tensor | None = None  # residual of the head that this call will keep
         self.batch = 0
 
-    def enter(self, before: Streams, start: Streams) -> None:
-        """At the end of the head: ``before`` and ``start`` are the streams around it."""
-        kept = self._request.state.get(self._key)
-        fits = tuple((s.shape, s.dtype, s.device) for s in start)
-        if kept is not None and kept["fits"] != fits:
-            kept = None  # another size: a run of its own
-        if kept is None:
-            kept = self._request.state[self._key] = {"fits": fits, "past": []}
-        self._kept, self._start = kept, start
-        if isinstance(self._policy, Forecast):
-            self._scheduled(self._policy)
-        else:
-            self._measured(self._policy, start[0] - before[0])
-
-    def _note(self, computed: tuple[bool, ...], how: str) -> None:
-        request = self._request
-        request.trace.append(Event(request.step, request.slot, self._part, computed, how))
-
-    def _scheduled(self, policy: Forecast) -> None:
-        step, batch, past = self._request.step, self._start[0].shape[0], self._kept["past"]
-        if not past or policy.full(step, self._request.steps):
-            self._note((True,) * batch, "full")
-            return
-        self.rows = None
-        weights = lagrange([node for node, _ in past], step)
-        self._reused = tuple(
-            sum((w * r for w, r in zip(weights[1:], rest, strict=True)), weights[0] * first)
-            for first, *rest in zip(*(residuals for _, residuals in past), strict=True)
+    def enter(self, start: Streams, signal: Tensor | None = None) -> None:
+        """At the end of the head, with the streams there and what a rule measures."""
+        self._kept = Kept.of(self._request, "blocks", fits_of(start), self._policy)
+        self._kept.claim(self._request, start)
+        self._start, self.batch = start, start[0].shape[0]
+        self.decision = decide(
+            self._request, self._policy, self._kept, self._part, self.batch, signal, self._compact
         )
-        self._note((False,) * batch, "forecast" if len(past) > 1 else "reuse")
-
-    def _measured(self, policy: FirstBlock, residual: Tensor) -> None:
-        batch, kept = residual.shape[0], self._kept
-        if "head" not in kept or policy.threshold == 0:
-            self._note((True,) * batch, "full")
-            self._head = residual
-            return
-        change = policy.change(residual, kept["head"])
-        self._request.syncs += 1
-        values = change.tolist()  # the one wait of a call
-        computed = tuple(not value <= policy.threshold for value in values)
-        if any(computed) and not self._compact:
-            computed = (True,) * batch
-        nan = any(value != value for value in values)
-        self._note(computed, "full, as the change is NaN" if nan else "by the change")
-        if all(computed):
-            self._head = residual
-            return
-        self._reused = kept["past"][0][1]
-        self.rows = None
-        if any(computed):
-            self.rows = torch.tensor([i for i, c in enumerate(computed) if c]).to(residual.device)
-            self._head = kept["head"].index_copy(0, self.rows, residual[self.rows])
+        self.rows = self.decision.rows
 
     def leave(self, out: Streams) -> Streams:
         """After the last block, with what the rows that compute gave: the streams of all.
 
         A last block may end a stream, which is then not kept.
         """
-        if self.rows is None:
-            return tuple(s + r for s, r in zip(self._start, self._reused, strict=False))
-        if not isinstance(self.rows, Tensor):
-            self._keep(tuple(o - s for o, s in zip(out, self._start, strict=False)))
+        if not self._kept.storing:
             return out
-        rows, whole, residuals = self.rows, [], []
-        for o, s, r in zip(out, self._start, self._reused, strict=False):
-            residuals.append(r.index_copy(0, rows, o - s[rows]))
-            whole.append((s + r).index_copy(0, rows, o))
-        self._keep(tuple(residuals))
-        return tuple(whole)
-
-    def _keep(self, residuals: Streams) -> None:
-        if isinstance(self._policy, Forecast):
-            if self._policy.interval == 1:
-                return
-            past = [*self._kept["past"], (self._request.step, residuals)]
-            self._kept["past"] = past[-self._policy.order - 1 :]
-        elif self._policy.threshold > 0:
-            # Together, and only now: a call that breaks off leaves the pair before it.
-            self._kept["head"] = self._head
-            self._kept["past"] = [(self._request.step, residuals)]
+        step, history, start = self._request.step, self._kept.history, self._start
+        if not isinstance(self.rows, str):
+            # In this order: a call that breaks off leaves all as it was.
+            whole = history.onto(start, step, self._policy.method)
+        if isinstance(self.rows, Tensor):
+            rows = self.rows
+            whole = tuple(w.index_copy_(0, rows, o) for w, o in zip(whole, out, strict=False))
+            residuals = tuple(o - s[rows] for o, s in zip(out, start, strict=False))
+            history.put_rows(step, rows, self.decision.which, residuals)
+        elif self.rows is not None:
+            history.put(step, out, start)
+            whole = out
+        self.decision.remember()
+        return whole
 
 
 _stack: ContextVar[Stack | None] = ContextVar("fastdiff_stack", default=None)
@@ -130,22 +83,11 @@ def current_stack() -> Stack | None:
     return _stack.get()
 
 
-def head_of(policy: Policy) -> int:
-    """How many blocks always run: a rule has to see something."""
-    return 1 if isinstance(policy, FirstBlock) else 0
-
-
-def _taken(values: Any, rows: Tensor, batch: int) -> Any:
-    """Tensors of one entry a sample, for some of the samples. Tables in tuples are no samples'."""
-    if isinstance(values, dict):
-        return {key: _taken(value, rows, batch) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_taken(value, rows, batch) for value in values]
-    if isinstance(values, Tensor) and values.dim() > 1 and values.shape[0] == batch:
-        return values[rows]
-    if isinstance(values, Tensor) and values.shape == (batch,):
-        return values[rows]
-    return values
+def ends_of(policy: Policy) -> tuple[int, int]:
+    """How many blocks always run, at the start (a rule has to see something) and at the end."""
+    if isinstance(policy, DeepCache):
+        return policy.branch, policy.branch
+    return (1, 0) if isinstance(policy, FirstBlock) else (0, 0)
 
 
 def _run(plain: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
@@ -153,35 +95,46 @@ def _run(plain: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
     assert stack is not None
     if not isinstance(stack.rows, Tensor):
         return plain(*args, **kwargs)
-    rows = stack.rows  # the streams past the head's end have these rows alone already
-    args = tuple(_taken(a, rows, batch) for a in args)
-    kwargs = {k: v if "rotary" in k else _taken(v, rows, batch) for k, v in kwargs.items()}
+    # The streams past the head's end have these rows alone already.
+    args, kwargs = call_of(args, kwargs, stack.rows, batch)
     return plain(*args, **kwargs)
 
 
-def _wrap(view: BlockView, i: int, head: int, patch: Patch) -> None:
-    block, last = view.blocks[i], i == len(view.blocks) - 1
-    plain = block.module.forward
+def _signal(view: BlockView, policy: Policy, args: Any, kwargs: Any) -> Tensor | None:
+    """What :class:`AccumulatedDistance` measures, from a call of the first block."""
+    if not isinstance(policy, AccumulatedDistance) or policy.neutral:
+        return None
+    if view.signal is not None:
+        return view.signal(args, kwargs)
+    return view.blocks[0].read(args, kwargs)[0]
+
+
+def _wrap(view: BlockView, i: int, policy: Policy, patch: Patch) -> None:
+    block, plain = view.blocks[i], view.blocks[i].module.forward
+    head, tail = ends_of(policy)
+    last = len(view.blocks) - 1 - tail
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         stack = _stack.get()
-        if stack is None:
+        if stack is None or i > last:
             return plain(*args, **kwargs)
         streams = block.read(args, kwargs)
         if i < head:
             out = plain(*args, **kwargs)
-            stack.enter(streams, block.unpack(out))
+            if i == head - 1:
+                after = block.unpack(out)
+                stack.enter(
+                    after, after[0] - streams[0] if isinstance(policy, FirstBlock) else None
+                )
             return out
         if i == 0:
-            stack.enter(streams, streams)
-        if i == head:
-            stack.batch = streams[0].shape[0]
+            stack.enter(streams, _signal(view, policy, args, kwargs))
         if stack.rows is not None:
             out = _run(plain, args, kwargs, stack.batch)
-            if not last:
+            if i != last:
                 return out
             streams = block.unpack(out)
-        return block.pack(stack.leave(streams)) if last else block.pack(streams)
+        return block.pack(stack.leave(streams)) if i == last else block.pack(streams)
 
     patch.set(block.module, "forward", forward)
 
@@ -222,11 +175,14 @@ def blocks(network: nn.Module, view: BlockView, policy: Policy, patch: Patch) ->
     Raises:
         ValueError: there are too few blocks.
     """
-    head, count = head_of(policy), len(view.blocks)
-    if count < head + 1:
-        raise ValueError(f"accelerate: cache is {policy!r}, which needs {head + 1} blocks or more")
+    (head, tail), count = ends_of(policy), len(view.blocks)
+    if count < head + tail + 1:
+        raise ValueError(
+            f"accelerate: cache is {policy!r}, which needs {head + tail + 1} blocks or more, and "
+            f"{type(network).__name__} has {count}"
+        )
     for i in range(count):
-        _wrap(view, i, head, patch)
-    part = f"blocks {head}-{count - 1}"
+        _wrap(view, i, policy, patch)
+    part = f"blocks {head}-{count - 1 - tail}"
     drive(network, policy, part, patch, view)
     return [f"{policy}: {part} are computed or reused"]

@@ -1,73 +1,41 @@
-"""U-Net caches at work: what a policy says of each step, done to the stages of a network.
+"""Caches of a U-Net's depths at work: what enters the join of a skip is kept and reused.
 
 The forwards of stages are replaced once; each asks which call it is part of. A call outside a run
 is nobody's, and everything is plain then. A stage that is skipped hands on an empty tensor, a view
-of its input: nothing is allocated or copied for it.
+of its input: nothing is allocated or copied for it. Where only some samples compute, the stages
+below the join see these alone.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
-from fastdiff.cache.faster_diffusion import EncoderPropagation
+from fastdiff.cache.first_block import FirstBlock
+from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.magnitude import MagnitudeRatio
+from fastdiff.engine.decide import Decision, Kept, decide
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import Join, Stage, UNetView
 
 FEW = 8  # steps of a distilled model: neighbours differ too much for a cache to be of use
 
+Policy = AccumulatedDistance | DeepCache | FirstBlock | Forecast | MagnitudeRatio
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
-_Run = Callable[..., Any]
-_Trim = Callable[[_Args, _Kwargs], tuple[_Args, _Kwargs]]
 
 
-class Schedule(Protocol):
-    """A policy that knows its full steps before the first one."""
-
-    def full(self, step: int, steps: int | None) -> bool: ...
-
-
-class Kept(NamedTuple):
-    """What a slot keeps between steps; ``fits`` is the shape, dtype and device it belongs to."""
-
-    fits: Hashable
-    tensors: dict[Hashable, Any]
-
-
-class Call(NamedTuple):
-    """One model call that stores into ``tensors`` or, where ``reuse``, reads them.
-
-    ``rows`` times the rows of what was stored: as many steps are decoded at once.
-    """
-
-    reuse: bool
-    tensors: dict[Hashable, Any]
-    rows: int = 1
-
-
-_Reuse = Callable[[_Run, Call, Request, _Args, _Kwargs], Any]
-_call: ContextVar[Call | None] = ContextVar("fastdiff_unet_call", default=None)
-
-
-@contextmanager
-def _within(call: Call | None) -> Iterator[None]:
-    token = _call.set(call)
-    try:
-        yield
-    finally:
-        _call.reset(token)
-
-
-def _off(network: nn.Module) -> str | None:
+def off(network: nn.Module) -> str | None:
+    """Why caches are off for a call of ``network``, None where they are on."""
     if network.training:
         return "off: the network is in training mode"
     if torch.is_grad_enabled():
@@ -75,84 +43,131 @@ def _off(network: nn.Module) -> str | None:
     return None
 
 
-def _plan(request: Request, policy: Schedule, x: Tensor) -> Call | None:
-    """How the call of the request's slot runs; None where it neither stores nor reads."""
+def warn_of_few(request: Request, policy: Any) -> None:
+    """At the first step of a run with few steps."""
     step, steps = request.step, request.steps
     if step == 0 and steps is not None and steps <= FEW and not policy.full(1, steps):
         name = type(policy).__name__
-        warnings.warn(f"{name}: a run of {steps} steps gains little and loses much", stacklevel=4)
-    key = (request.slot, "unet")
-    fits = (x.shape, x.dtype, x.device)
-    kept = request.state.get(key)
-    if kept is not None and kept.fits != fits:
-        del request.state[key]
-        kept = None
-    if kept is not None and not policy.full(step, steps):
-        return Call(True, kept.tensors)
+        warnings.warn(f"{name}: a run of {steps} steps gains little and loses much", stacklevel=5)
+
+
+def nothing(args: _Args, kwargs: _Kwargs) -> Tensor:
+    """An empty tensor, ``[0, C, h, w]``, in the place of what is not computed."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden[:0]
+
+
+class Depths:
+    """One call of a network: which samples compute what is below the join, what the others get."""
+
+    def __init__(self, request: Request, policy: Policy, part: str, x: Tensor) -> None:
+        self._request, self._policy, self._part, self.batch = request, policy, part, x.shape[0]
+        fits = (x.shape, x.dtype, x.device)
+        self._kept = Kept.of(request, "unet", fits, policy)
+        self._decision: Decision | None = None
+
+    @property
+    def rows(self) -> str | Tensor | None:
+        """ "all", the indices of the samples that compute, or None: none."""
+        return "all" if self._decision is None else self._decision.rows
+
+    def decide(self, signal: Tensor | None = None) -> None:
+        """Before the first stage that may be skipped."""
+        args = self._request, self._policy, self._kept, self._part, self.batch, signal
+        self._decision = decide(*args)
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """The feature at the join, of the samples that computed it: that of all."""
+        assert self._decision is not None
+        step, history, rows = self._request.step, self._kept.history, self.rows
+        whole = hidden
+        if not self._kept.storing:
+            return whole
+        if not isinstance(rows, str):
+            (whole,) = history.forecast(step, self._policy.method)
+        if isinstance(rows, Tensor):
+            whole = whole.index_copy(0, rows, hidden)
+            history.put_rows(step, rows, self._decision.which, (hidden,))
+        elif rows is not None:
+            self._kept.claim(self._request, (hidden,))
+            history.put(step, (hidden,))
+        self._decision.remember()
+        return whole
+
+
+_call: ContextVar[Depths | None] = ContextVar("fastdiff_depths", default=None)
+
+
+def _unread(request: Request, policy: Policy) -> bool:
+    """This step is full and so is the next: nobody will read what it keeps."""
+    if not isinstance(policy, DeepCache | Forecast | MagnitudeRatio) or policy.order:
+        return False
+    step, steps = request.step, request.steps
     last = steps is not None and step + 1 >= steps
-    if last or policy.full(step + 1, steps):  # nobody will read it
-        request.state.pop(key, None)
-        return None
-    request.state[key] = Kept(fits, {})
-    return Call(False, request.state[key].tensors)
-
-
-def _alone(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
-    """A reuse step that runs on its own."""
-    with _within(call):
-        return run(*args, **kwargs)
+    return policy.full(step, steps) and (last or policy.full(step + 1, steps))
 
 
 def _drive(
     network: nn.Module,
     view: UNetView,
-    policy: Schedule,
+    policy: Policy,
     part: str,
-    trim: _Trim,
+    trim: Callable[[_Args, _Kwargs], tuple[_Args, _Kwargs]],
     patch: Patch,
-    reuse: _Reuse = _alone,
 ) -> None:
     """Around a call of the network: decide, say so in the trace, and let the stages know."""
     plain = network.forward
+    measured = isinstance(policy, AccumulatedDistance | FirstBlock)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request = current()
         if request is None or request.slot is None:
             return plain(*args, **kwargs)
         x = view.sample(args, kwargs)
-        how, call = _off(network), None
-        if how is None:
-            call = _plan(request, policy, x)
-            how = "reuse" if call is not None and call.reuse else "full"
-        else:
+        why, call = off(network), None
+        if why is None and measured and view.whole(args, kwargs):
+            why = "off: residuals are added from outside, which a rule cannot foresee"
+        if why is not None or policy.neutral or _unread(request, policy):
             request.state.pop((request.slot, "unet"), None)
-        computed = (how != "reuse",) * x.shape[0]
-        request.trace.append(Event(request.step, request.slot, part, computed, how))
-        if call is not None and call.reuse:
+            computed = (True,) * x.shape[0]
+            request.trace.append(Event(request.step, request.slot, part, computed, why or "full"))
+        else:
+            call = Depths(request, policy, part, x)
+            if not measured:
+                call.decide()
+        if not measured and not policy.neutral:
+            warn_of_few(request, policy)
+        if call is not None and call.rows is None:
             args, kwargs = trim(args, kwargs)
-            return reuse(plain, call, request, args, kwargs)
-        with _within(call):
+        token = _call.set(call)
+        try:
             return plain(*args, **kwargs)
+        finally:
+            _call.reset(token)
 
     patch.set(network, "forward", forward)
 
 
-def _nothing(args: _Args, kwargs: _Kwargs) -> Tensor:
-    """An empty tensor, ``[0, C, h, w]``, in the place of what is not computed."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden[:0]
+def _some(call: Depths, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+    """The arguments of a stage for the samples that compute."""
+    if not isinstance(call.rows, Tensor):
+        return args, kwargs
+    return call_of(args, kwargs, call.rows, call.batch)
 
 
 def _skip(module: nn.Module, patch: Patch, skips: int | None = None) -> None:
-    """``module`` does nothing at reuse steps; ``skips`` of a stage of the way down."""
+    """``module`` runs for the samples that compute; ``skips`` of a stage of the way down."""
     plain = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
-        if call is None or not call.reuse:
+        if call is None:
             return plain(*args, **kwargs)
-        nothing = _nothing(args, kwargs)
-        return nothing if skips is None else (nothing, (nothing,) * skips)
+        if call.rows is not None:
+            args, kwargs = _some(call, args, kwargs)
+            return plain(*args, **kwargs)
+        empty = nothing(args, kwargs)
+        return empty if skips is None else (empty, (empty,) * skips)
 
     patch.set(module, "forward", forward)
 
@@ -161,20 +176,38 @@ def _skip_down(stage: Stage, patch: Patch) -> None:
     _skip(stage.module, patch, stage.layers + stage.resamples)
 
 
-def _shorten(stage: Stage, layers: int, patch: Patch) -> None:
-    """A stage of the way down runs its first ``layers`` layers at reuse steps."""
-    plain, run = stage.module.forward, stage.part(0, layers, False)
+def _shorten(stage: Stage, layers: int, policy: Policy, patch: Patch) -> None:
+    """A stage of the way down always runs its first ``layers`` layers; what a rule measures is
+    their result, or what they add to their input."""
+    plain = stage.module.forward
+    head, tail = stage.part(0, layers, False), stage.part(layers, stage.layers, True)
     missing = stage.layers + stage.resamples - layers
+    measured = isinstance(policy, AccumulatedDistance | FirstBlock)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
-        if call is None or not call.reuse:
+        if call is None or (call.rows is not None and not measured):
             return plain(*args, **kwargs)
-        _, skips = run(*args, **kwargs)
-        nothing = _nothing(args, kwargs)
-        return nothing, skips + (nothing,) * missing
+        hidden, skips = head(*args, **kwargs)
+        if measured:
+            before = args[0] if args else kwargs["hidden_states"]
+            call.decide(hidden - before if isinstance(policy, FirstBlock) else hidden)
+        if call.rows is None:
+            empty = nothing(args, kwargs)
+            return empty, skips + (empty,) * missing
+        args, kwargs = _with(stage, args, kwargs, hidden)
+        args, kwargs = _some(call, args, kwargs)
+        hidden, more = tail(*args, **kwargs)
+        return hidden, skips + more
 
     patch.set(stage.module, "forward", forward)
+
+
+def _with(stage: Stage, args: _Args, kwargs: _Kwargs, hidden: Tensor) -> tuple[_Args, _Kwargs]:
+    """A stage's arguments with another hidden state, the first of them."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def _enter(stage: Stage, layers: int, patch: Patch) -> None:
@@ -188,13 +221,13 @@ def _enter(stage: Stage, layers: int, patch: Patch) -> None:
         if call is None:
             return plain(*args, **kwargs)
         join = stage.read(args, kwargs)
-        if not call.reuse:
+        hidden = join.hidden
+        if call.rows is not None:
             above = Join(join.hidden, join.skips[layers:], join.size)
             args_above, kwargs_above = stage.write(args, kwargs, above)
+            args_above, kwargs_above = _some(call, args_above, kwargs_above)
             hidden = head(*args_above, **kwargs_above)
-            call.tensors["feature"] = hidden.clone()
-        else:
-            hidden = call.tensors["feature"]
+        hidden = call.keep(hidden)
         args, kwargs = stage.write(args, kwargs, Join(hidden, join.skips[:layers], join.size))
         return tail(*args, **kwargs)
 
@@ -207,12 +240,12 @@ def _enter_mid(mid: nn.Module, patch: Patch) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
-        if call is not None and call.reuse:
-            return call.tensors["feature"].clone()
-        out = plain(*args, **kwargs)
-        if call is not None:
-            call.tensors["feature"] = out.clone()
-        return out
+        if call is None:
+            return plain(*args, **kwargs)
+        if call.rows is None:
+            return call.keep(nothing(args, kwargs)).clone()
+        args, kwargs = _some(call, args, kwargs)
+        return call.keep(plain(*args, **kwargs))
 
     patch.set(mid, "forward", forward)
 
@@ -230,13 +263,21 @@ def _place(view: UNetView, branch: int) -> tuple[int, int]:
     return level, layer
 
 
-def deepcache(network: nn.Module, view: UNetView, policy: DeepCache, patch: Patch) -> list[str]:
-    """Run :class:`~fastdiff.cache.DeepCache` on a U-Net; a sentence that says what is skipped.
+def branch_of(policy: Policy) -> int:
+    """The skip at whose join a policy keeps features: a rule sees one layer first."""
+    if isinstance(policy, DeepCache):
+        return policy.branch
+    return 1 if isinstance(policy, AccumulatedDistance | FirstBlock) else 0
+
+
+def depths(network: nn.Module, view: UNetView, policy: Policy, patch: Patch) -> list[str]:
+    """Run ``policy`` on a U-Net; a sentence that says what is skipped.
 
     Raises:
         ValueError: the network has no such branch.
     """
-    level, layer = _place(view, policy.branch)
+    branch = branch_of(policy)
+    level, layer = _place(view, branch)
     up = list(reversed(view.up))
     here = view.down[level]
     whole = layer == here.layers and not here.resamples
@@ -244,7 +285,7 @@ def deepcache(network: nn.Module, view: UNetView, policy: DeepCache, patch: Patc
     if layer == 0:
         _skip_down(here, patch)
     elif not whole:
-        _shorten(here, layer, patch)
+        _shorten(here, layer, policy, patch)
     for stage in view.down[level + 1 :]:
         _skip_down(stage, patch)
     for stage in up[level + 1 :]:
@@ -256,82 +297,10 @@ def deepcache(network: nn.Module, view: UNetView, policy: DeepCache, patch: Patc
             _skip(view.mid, patch)
         _enter(up[level], layer + 1, patch)
     skips = sum(stage.layers for stage in up[:level]) + layer + 1
-    part = f"below skip {policy.branch} (level {level}, layer {layer})"
+    part = f"below skip {branch} (level {level}, layer {layer})"
 
     def trim(args: _Args, kwargs: _Kwargs) -> Any:
         return view.trim(args, kwargs, skips, deepest)
 
     _drive(network, view, policy, part, trim, patch)
     return [f"{policy}: reuse steps leave out what is {part}"]
-
-
-def _repeat(t: Tensor, rows: int) -> Tensor:
-    return t if rows == 1 else t.expand(rows, *t.shape).flatten(0, 1)
-
-
-def _decode(stage: Stage, place: int, patch: Patch) -> None:
-    """Stage ``place`` of the way up keeps what the way down gave it, or runs on that."""
-    plain = stage.module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        call = _call.get()
-        if call is None:
-            return plain(*args, **kwargs)
-        join = stage.read(args, kwargs)
-        if not call.reuse:
-            hidden = join.hidden.clone() if place == 0 else None
-            call.tensors[place] = (hidden, tuple(s.clone() for s in join.skips), join.size)
-            return plain(*args, **kwargs)
-        hidden, skips, size = call.tensors[place]
-        hidden = join.hidden if hidden is None else _repeat(hidden, call.rows)
-        skips = tuple(_repeat(s, call.rows) for s in skips)
-        args, kwargs = stage.write(args, kwargs, Join(hidden, skips, size))
-        return plain(*args, **kwargs)
-
-    patch.set(stage.module, "forward", forward)
-
-
-def _several(view: UNetView, policy: EncoderPropagation) -> _Reuse:
-    """Non-key steps to come are decoded together with this one, and wait for their turn."""
-
-    def reuse(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
-        step, steps = request.step, request.steps
-        waiting = call.tensors.setdefault("waiting", {})
-        if step in waiting:
-            return waiting.pop(step)
-        if request.times is None or steps is None or view.at_times is None:
-            return _alone(run, call, request, args, kwargs)
-        last = step + 1
-        while last < min(steps, step + policy.parallel) and not policy.full(last, steps):
-            last += 1
-        count = last - step
-        args, kwargs = view.at_times(args, kwargs, request.times[step:last])
-        out = _alone(run, call._replace(rows=count), request, args, kwargs).unflatten(
-            0, (count, -1)
-        )
-        waiting.update({step + i: out[i] for i in range(1, count)})
-        return out[0]
-
-    return reuse
-
-
-def encoder_propagation(
-    network: nn.Module, view: UNetView, policy: EncoderPropagation, patch: Patch
-) -> list[str]:
-    """Run :class:`~fastdiff.cache.EncoderPropagation` on a U-Net; a sentence that says how."""
-    _skip(view.conv_in, patch)
-    for stage in view.down:
-        _skip_down(stage, patch)
-    if view.mid is not None:
-        _skip(view.mid, patch)
-    for place, stage in enumerate(view.up):
-        _decode(stage, place, patch)
-
-    def trim(args: _Args, kwargs: _Kwargs) -> Any:
-        return view.trim(args, kwargs, 0, False)
-
-    several = policy.parallel > 1 and view.at_times is not None
-    reuse = _several(view, policy) if several else _alone
-    _drive(network, view, policy, "the encoder", trim, patch, reuse)
-    how = f"up to {policy.parallel} at once" if several else "one by one"
-    return [f"{policy}: the encoder runs at key steps, the others are decoded {how}"]

@@ -34,11 +34,14 @@ class BlockView(NamedTuple):
         whole: ``whole(args, kwargs)`` of a call of the network: it adds to the streams between
             blocks (ControlNet), so that all samples must pass them together.
         off: ``off(args, kwargs)`` of such a call: why caches are off for it, "" where they are on.
+        signal: ``signal(args, kwargs)`` of a call of the first block: its modulated input
+            ``[B, N, C]``, by which a rule may decide; None: the first stream.
     """
 
     blocks: Sequence[Block]
     whole: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: False
     off: Callable[[tuple[Any, ...], dict[str, Any]], str] = lambda args, kwargs: ""
+    signal: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None
 
 
 class Join(NamedTuple):
@@ -93,6 +96,8 @@ class UNetView(NamedTuple):
             a caller adds to the others is left out.
         at_times: ``at_times(args, kwargs, times [G])`` gives ``(args, kwargs)`` of one call with
             G * B rows, the rows of a time together; None where that is not known.
+        whole: ``whole(args, kwargs)`` of a call: residuals are added from outside (ControlNet),
+            so that all samples must pass together.
     """
 
     conv_in: nn.Module
@@ -107,3 +112,4 @@ class UNetView(NamedTuple):
         Callable[[tuple[Any, ...], dict[str, Any], Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
         | None
     ) = None
+    whole: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: False

@@ -13,8 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock, Forecast
-from fastdiff.engine import reuse_unet
+from fastdiff.cache import (
+    AccumulatedDistance,
+    DeepCache,
+    EncoderPropagation,
+    FirstBlock,
+    Forecast,
+    MagnitudeRatio,
+)
+from fastdiff.engine import reuse_encoder, reuse_unet
 from fastdiff.engine.patch import Patch
 from fastdiff.integrations import unet_views, views
 from fastdiff.integrations.exact_mode import exact
@@ -22,8 +29,16 @@ from fastdiff.integrations.exact_mode import exact
 __all__ = ["exact", "reuse"]
 
 
+_DEEP = (
+    AccumulatedDistance,
+    DeepCache,
+    EncoderPropagation,
+    FirstBlock,
+    Forecast,
+    MagnitudeRatio,
+)
 # What policies skip, the innermost first; one network takes one of each.
-_KINDS: tuple[tuple[type, ...], ...] = ((DeepCache, EncoderPropagation, FirstBlock, Forecast),)
+_KINDS: tuple[tuple[type, ...], ...] = (_DEEP,)
 
 
 def _kind(policy: Any) -> int:
@@ -49,17 +64,16 @@ def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str
 
 
 def _reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
-    if isinstance(policy, DeepCache | EncoderPropagation):
-        view = unet_views.view(network)
-        if isinstance(view, str):
-            raise ValueError(f"accelerate: cache is {policy!r}, which needs a U-Net: {view}")
-        if isinstance(policy, DeepCache):
-            return reuse_unet.deepcache(network, view, policy, patch)
-        return reuse_unet.encoder_propagation(network, view, policy, patch)
-    if isinstance(policy, FirstBlock | Forecast):
+    if not isinstance(policy, EncoderPropagation):
         parts = views.reuse(network, policy, patch)
         if parts is not None:
             return parts
-    raise ValueError(
-        f"accelerate: cache is {policy!r}, which does not run on {type(network).__name__}"
-    )
+    view = unet_views.view(network)
+    if isinstance(view, str):
+        raise ValueError(
+            f"accelerate: cache is {policy!r}, which does not run on {type(network).__name__}: "
+            f"{view}"
+        )
+    if isinstance(policy, EncoderPropagation):
+        return reuse_encoder.encoder_propagation(network, view, policy, patch)
+    return reuse_unet.depths(network, view, policy, patch)

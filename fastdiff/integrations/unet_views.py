@@ -133,6 +133,10 @@ def _diffusers(network: Any) -> UNetView:
             given[inner] = values
         return (), given
 
+    def whole(args: Args, kwargs: Kwargs) -> bool:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return any(value is not None for name, value in given.items() if "additional_res" in name)
+
     return UNetView(
         network.conv_in,
         [_stage(b, "downsamplers", "hidden_states") for b in network.down_blocks],
@@ -140,6 +144,7 @@ def _diffusers(network: Any) -> UNetView:
         [_stage(b, "upsamplers", "res_hidden_states_tuple") for b in network.up_blocks],
         sample,
         trim,
+        whole=whole,
     )
 
 

@@ -8,18 +8,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.cache import AccumulatedDistance, FirstBlock
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.reuse_blocks import Policy, blocks, current_stack, drive, head_of
+from fastdiff.engine.reuse_blocks import Policy, blocks, current_stack, drive, ends_of
 from fastdiff.engine.view import Block, BlockView, Streams
 from fastdiff.models import DiT
 from fastdiff.models.dit import EPS
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _one(module: nn.Module) -> Block:
     """A block of one stream, ``block(hidden_states, ...) -> hidden_states``."""
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
-        return (args[0] if args else kwargs["hidden_states"],)
+        return (_hidden(args, kwargs),)
 
     return Block(module, read, lambda streams: streams[0], lambda out: (out,))
 
@@ -40,10 +45,20 @@ def _adds(*names: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
     return lambda args, kwargs: any(kwargs.get(name) is not None for name in names)
 
 
+def _normed(block: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    """The modulated input of a block whose first norm takes the embedding ``temb``."""
+
+    def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        normed: Tensor = block.norm1(kwargs["hidden_states"], emb=kwargs["temb"])[0]
+        return normed
+
+    return signal
+
+
 def _flux(network: Any) -> BlockView:
     listed = [*network.transformer_blocks, *network.single_transformer_blocks]
     adds = _adds("controlnet_block_samples", "controlnet_single_block_samples")
-    return BlockView([_two(m, "text") for m in listed], adds)
+    return BlockView([_two(m, "text") for m in listed], adds, signal=_normed(listed[0]))
 
 
 def _sd3(network: Any) -> BlockView:
@@ -54,21 +69,55 @@ def _sd3(network: Any) -> BlockView:
     def off(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return "skip_layers leaves out blocks" if kwargs.get("skip_layers") else ""
 
-    return BlockView([*listed, last], _adds("block_controlnet_hidden_states"), off)
+    first = network.transformer_blocks[0]
+    adds = _adds("block_controlnet_hidden_states")
+    return BlockView([*listed, last], adds, off, _normed(first))
 
 
-def _single(network: Any) -> BlockView:
-    return BlockView([_one(m) for m in network.transformer_blocks])
+def _dit(network: Any) -> BlockView:
+    first = network.transformer_blocks[0]
+
+    def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = _hidden(args, kwargs)
+        t, y = kwargs["timestep"], kwargs["class_labels"]
+        normed: Tensor = first.norm1(x, t, y, hidden_dtype=x.dtype)[0]
+        return normed
+
+    return BlockView([_one(m) for m in network.transformer_blocks], signal=signal)
+
+
+def _pixart(network: Any) -> BlockView:
+    first = network.transformer_blocks[0]
+
+    def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = _hidden(args, kwargs)
+        time = kwargs["timestep"].reshape(len(x), 6, -1)
+        shift, scale = (first.scale_shift_table[None] + time)[:, :2].split(1, dim=1)
+        normed: Tensor = first.norm1(x) * (1 + scale) + shift
+        return normed
+
+    return BlockView([_one(m) for m in network.transformer_blocks], signal=signal)
 
 
 def _wan(network: Any) -> BlockView:
-    return BlockView([_one(m) for m in network.blocks])
+    first = network.blocks[0]
+
+    def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x, _, time, _ = args
+        table = first.scale_shift_table + time.float()  # [B, 6, D], or [B, N, 6, D] a token
+        shift, scale = table.unbind(-2)[:2]
+        if time.dim() == 3:
+            shift, scale = shift[:, None], scale[:, None]
+        normed: Tensor = first.norm1(x.float()) * (1 + scale) + shift
+        return normed
+
+    return BlockView([_one(m) for m in network.blocks], signal=signal)
 
 
 VIEWS: dict[str, Callable[[Any], BlockView]] = {
-    "DiTTransformer2DModel": _single,
+    "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,
-    "PixArtTransformer2DModel": _single,
+    "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "WanTransformer3DModel": _wan,
 }
@@ -84,30 +133,39 @@ def view(network: nn.Module) -> BlockView | None:
 
 def dit(network: DiT, policy: Policy, patch: Patch) -> list[str]:
     """Run ``policy`` on our own DiT, whose norms are carried from block to block."""
-    plain, head, count = network.layers, head_of(policy), len(network.blocks)
+    plain, (head, tail), count = network.layers, ends_of(policy), len(network.blocks)
+    if count < head + tail + 1:
+        raise ValueError(
+            f"accelerate: cache is {policy!r}, which needs {head + tail + 1} blocks or more, and "
+            f"this DiT has {count}"
+        )
+    last = count - tail
 
     def layers(h: Tensor, normed: Tensor, mods: list[Tensor], start: int, stop: int) -> Any:
         stack = current_stack()
         if stack is None:
             return plain(h, normed, mods, start, stop)
-        before = h
+        before, signal = h, normed
         if head:
-            h, normed = plain(h, normed, mods, start, start + head)
-        stack.enter((before,), (h,))
+            h, normed = plain(h, normed, mods, 0, head)
+        if isinstance(policy, FirstBlock):
+            signal = h - before
+        measured = isinstance(policy, FirstBlock | AccumulatedDistance)
+        stack.enter((h,), signal if measured else None)
         if isinstance(stack.rows, str):
-            h, normed = plain(h, normed, mods, start + head, stop)
+            h, normed = plain(h, normed, mods, head, last)
             stack.leave((h,))
-            return h, normed
-        some: tuple[Tensor, ...] = ()
-        if stack.rows is not None:
-            rows = stack.rows
-            part = [m[rows] for m in mods]
-            some = (plain(h[rows], normed[rows], part, start + head, stop)[0],)
-        (h,) = stack.leave(some)
-        return h, ops.layer_norm_modulate(h, mods[-2], mods[-1], eps=EPS)
+        else:
+            some: tuple[Tensor, ...] = ()
+            if stack.rows is not None:
+                rows = stack.rows
+                some = (plain(h[rows], normed[rows], [m[rows] for m in mods], head, last)[0],)
+            (h,) = stack.leave(some)
+            normed = ops.layer_norm_modulate(h, mods[6 * last], mods[6 * last + 1], eps=EPS)
+        return plain(h, normed, mods, last, stop) if tail else (h, normed)
 
     patch.set(network, "layers", layers)
-    part = f"blocks {head}-{count - 1}"
+    part = f"blocks {head}-{last - 1}"
     drive(network, policy, part, patch, BlockView([]))
     return [f"{policy}: {part} are computed or reused"]
 

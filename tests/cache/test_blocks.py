@@ -8,9 +8,15 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 import fastdiff
 from fastdiff import models
-from fastdiff.cache import FirstBlock, Forecast
-from fastdiff.cache.forecast import lagrange
-from fastdiff.engine import reuse_blocks
+from fastdiff.cache import (
+    AccumulatedDistance,
+    DeepCache,
+    FirstBlock,
+    Forecast,
+    MagnitudeRatio,
+)
+from fastdiff.cache.extrapolate import METHODS, weights
+from fastdiff.engine import rows as rows_of
 from fastdiff.testing import load_file
 
 networks = load_file(Path(__file__).parents[1] / "integrations" / "networks.py")
@@ -51,7 +57,11 @@ def call(model, args, kwargs):
 
 
 @every
-@pytest.mark.parametrize("policy", (FirstBlock(0), Forecast(interval=1)), ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    (FirstBlock(0), Forecast(interval=1), AccumulatedDistance(0), MagnitudeRatio(), DeepCache(1)),
+    ids=str,
+)
 def test_neutral_settings_are_the_plain_model(make, policy):
     model, args, kwargs = make()
     want = call(model, args, kwargs)
@@ -60,23 +70,33 @@ def test_neutral_settings_are_the_plain_model(make, policy):
         for _ in range(3):
             assert torch.equal(call(model, args, kwargs), want)
         assert all(all(e.computed) for e in request.trace) and request.syncs == 0
-        assert not any(kept["past"] for kept in request.state.values())
+        assert request.bytes() == 0
     fastdiff.restore(model)
     assert torch.equal(call(model, args, kwargs), want)
 
 
 @every
-@pytest.mark.parametrize("policy", (FirstBlock(0.5), Forecast(interval=5, warmup=1)), ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    (
+        FirstBlock(0.5),
+        Forecast(interval=5, warmup=1),
+        AccumulatedDistance(0.5),
+        MagnitudeRatio((1.0, 1.0), retention=0),
+        DeepCache(5),
+    ),
+    ids=str,
+)
 def test_the_same_input_again_is_reused_and_gives_the_same(make, policy):
     model, args, kwargs = make()
-    with fastdiff.accelerated(model, cache=policy), fastdiff.request() as request:
+    with fastdiff.accelerated(model, cache=policy), fastdiff.request(steps=9) as request:
         first = call(model, args, kwargs)
         second = call(model, args, kwargs)
         computed = [e.computed for e in request.trace]
     assert all(computed[0]) and not any(computed[1])
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)  # x + (y - x) rounds
     batch = len(computed[0])
-    assert request.syncs == (1 if isinstance(policy, FirstBlock) else 0) and batch >= 2
+    assert request.syncs == hasattr(policy, "distance") and batch >= 2
 
 
 @every
@@ -102,10 +122,20 @@ def test_samples_decide_alone(make):
     torch.testing.assert_close(got[0], first[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_gives_what_its_samples_give_alone():
-    model, steps, batch = ours(), 6, 8
+@pytest.mark.parametrize(
+    "policy",
+    (
+        FirstBlock(0.15),
+        FirstBlock(0.3, order=1, warmup=2, most=2),
+        AccumulatedDistance(0.3),
+        AccumulatedDistance(0.5, order=2),
+    ),
+    ids=str,
+)
+def test_a_batch_gives_what_its_samples_give_alone(policy):
+    model, steps, batch = ours(), 9, 8
     calls = [inputs(batch, s) for s in range(steps)]
-    fastdiff.accelerate(model, cache=FirstBlock(0.15))
+    fastdiff.accelerate(model, cache=policy)
     together, request = run(model, calls)
     decisions = [e.computed for e in request.trace]
     assert any(any(d) and not all(d) for d in decisions)
@@ -137,15 +167,43 @@ def test_interleaved_requests_and_a_broken_one_leave_no_trace():
     assert all(map(torch.equal, run(model, small)[0], want[0]))
 
 
-def test_forecast_is_exact_for_a_polynomial_and_keeps_its_schedule():
+def test_forecasts_are_exact_where_they_should_be():
     def f(s):
         return 2.0 - 3.0 * s + 0.5 * s * s
 
-    nodes = [0, 1, 4]
-    got = sum(w * f(s) for w, s in zip(lagrange(nodes, 6), nodes, strict=True))
-    assert got == pytest.approx(f(6))
+    def forecast(method, nodes, f, step):
+        return sum(w * f(s) for w, s in zip(weights(method, nodes, step), nodes, strict=True))
+
+    assert forecast("lagrange", (4, 1, 0), f, 6) == pytest.approx(f(6))
+    for method in METHODS:
+        assert weights(method, (4,), 6) == (1.0,)
+        assert sum(weights(method, (7, 5, 2, 0), 9)) == pytest.approx(1.0) or method == "hermite"
+        if method != "hermite":  # all have the same line
+            assert forecast(method, (4, 1), lambda s: 3 * s - 1, 6) == pytest.approx(17)
+    # Two-step Adams-Bashforth on slopes: h (3/2 g_0 - 1/2 g_1) at even steps.
+    slopes = (f(4) - f(2)) / 2, (f(2) - f(0)) / 2
+    want = f(4) + 2 * (1.5 * slopes[0] - 0.5 * slopes[1])
+    assert forecast("adams", (4, 2, 0), f, 6) == pytest.approx(want)
+    # sigma H_1(sigma x) = x / 2 and sigma^2 H_2(sigma x) = x^2 / 4 - 1 / 2, on differences.
+    first, second = (f(4) - f(2)) / 2, ((f(4) - f(2)) / 2 - (f(2) - f(0)) / 2) / 4
+    want = f(4) + first * 1 + second * (4 / 4 - 1 / 2)
+    assert forecast("hermite", (4, 2, 0), f, 6) == pytest.approx(want)
+
+
+def test_magnitudes_decide_a_schedule():
+    ratios = (1.0, 0.9, 0.95, 0.99, 0.99, 0.99, 0.99, 0.99, 0.99, 0.8)
+    policy = MagnitudeRatio(ratios, threshold=0.06, most=3, retention=0.2)
+    # From step 3 on: |1 - .99|, |1 - .99^2|, |1 - .99^3| add up to 0.0596, then four are too many.
+    assert [policy.full(s, 10) for s in range(10)] == [1, 1, 0, 1, 0, 0, 0, 1, 0, 1]
+    assert policy.full(0, 5) and not policy.neutral and MagnitudeRatio().neutral
+    with pytest.raises(ValueError, match="need the number of steps"):
+        policy.full(1, None)
+
+
+def test_forecast_keeps_its_schedule():
     policy = Forecast(interval=3, warmup=2)
     assert [policy.full(s, 10) for s in range(9)] == [1, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert [Forecast(schedule=(0, 4)).full(s, 9) for s in range(6)] == [1, 0, 0, 0, 1, 0]
     model = fastdiff.accelerate(ours(), cache=policy)
     _, request = run(model, [inputs(2, s) for s in range(9)])
     assert [all(e.computed) for e in request.trace] == [policy.full(s, 9) for s in range(9)]
@@ -240,7 +298,7 @@ def test_a_call_that_failed_is_no_call():
 
 def test_tensors_of_samples_are_taken_out_of_dicts_and_lists():
     rows, t, table = torch.tensor([2, 0]), torch.arange(6.0).view(3, 2), (torch.zeros(3, 2),)
-    found = reuse_blocks._taken({"a": t, "b": [t[:, 0]], "c": table, "d": "x"}, rows, 3)
+    found = rows_of.taken({"a": t, "b": [t[:, 0]], "c": table, "d": "x"}, rows, 3)
     assert torch.equal(found["a"], t[rows]) and torch.equal(found["b"][0], t[rows, 0])
     assert found["c"] is table and found["d"] == "x"
 
@@ -258,7 +316,10 @@ def test_sd3_with_skipped_layers_runs_plain_and_says_so():
 
 def test_bad_settings():
     for make in (lambda: FirstBlock(-1), lambda: FirstBlock(float("nan")), lambda: Forecast(0),
-                 lambda: Forecast(order=5), lambda: Forecast(warmup=0)):  # fmt: skip
+                 lambda: Forecast(order=5), lambda: Forecast(warmup=0),
+                 lambda: Forecast(method="spline"), lambda: Forecast(schedule=[1]),
+                 lambda: AccumulatedDistance(coefficients=()), lambda: FirstBlock(most=0),
+                 lambda: MagnitudeRatio(retention=2), lambda: MagnitudeRatio((-1,))):  # fmt: skip
         with pytest.raises(ValueError, match="need"):
             make()
     with pytest.raises(ValueError, match="does not run on Linear"):

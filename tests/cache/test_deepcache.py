@@ -62,7 +62,7 @@ def last(pipe):
 
 
 def kept_bytes(state):
-    return sum(t.nbytes for kept in state.values() for t in kept.tensors.values())
+    return sum(t.nbytes for kept in state.values() for (t,) in kept.history.values)
 
 
 # The schedule.

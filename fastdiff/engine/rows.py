@@ -1,0 +1,29 @@
+"""Some of a batch's samples, in whatever a call of a network takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def taken(values: Any, rows: Tensor, batch: int) -> Any:
+    """Tensors of one entry a sample (``[B, ...]``), for the samples ``rows``; the rest as it is.
+
+    Goes into dicts and lists; tables in tuples (rotary embeddings) are no samples'.
+    """
+    if isinstance(values, dict):
+        return {key: taken(value, rows, batch) for key, value in values.items()}
+    if isinstance(values, list):
+        return [taken(value, rows, batch) for value in values]
+    if isinstance(values, Tensor) and values.dim() >= 1 and values.shape[0] == batch:
+        return values[rows]
+    return values
+
+
+def call_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, for the samples ``rows``; rotary tables are no samples'."""
+    some = {k: v if "rotary" in k else taken(v, rows, batch) for k, v in kwargs.items()}
+    return tuple(taken(a, rows, batch) for a in args), some
