@@ -118,8 +118,8 @@ def parser() -> Parser:
     p.add_argument(
         "--cache",
         type=_policy,
-        help="reuse work from step to step: deepcache:3 or encoder:50ls for U-Nets, firstblock:0.1 "
-        "or taylor:3 for transformers; more settings as deepcache:3,branch=1 (default: none)",
+        help="reuse work from step to step: deepcache:3, firstblock:0.1, taylor:3, broadcast:2, or "
+        "encoder:50ls for U-Nets; more settings as deepcache:3,branch=1 (default: none)",
     )
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")

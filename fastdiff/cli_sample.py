@@ -167,7 +167,7 @@ def run_cached(job: Job) -> tuple[Tensor, Counter[tuple[str, str]], dict[str, An
     done = [computed for event in run.trace for computed in event.computed]
     facts = {
         "policy": describe(job.args.cache),
-        "calls": len(run.trace),
+        "calls": len({(event.step, event.slot) for event in run.trace}),
         "parts": len(done),
         "parts_reused": len(done) - sum(done),
     }

@@ -1,6 +1,7 @@
 """Cache policies: when to compute and when to reuse. Pure; the engine holds their state."""
 
 from fastdiff.cache.accumulated import AccumulatedDistance
+from fastdiff.cache.broadcast import Broadcast
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
@@ -9,6 +10,7 @@ from fastdiff.cache.magnitude import MagnitudeRatio
 
 __all__ = [
     "AccumulatedDistance",
+    "Broadcast",
     "DeepCache",
     "EncoderPropagation",
     "FirstBlock",

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from fastdiff.cache.accumulated import AccumulatedDistance
+from fastdiff.cache.broadcast import Broadcast
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
@@ -14,6 +15,7 @@ from fastdiff.cache.magnitude import MagnitudeRatio
 
 POLICIES: dict[str, Any] = {
     "accumulated": AccumulatedDistance,
+    "broadcast": Broadcast,
     "deepcache": DeepCache,
     "encoder": EncoderPropagation,
     "firstblock": FirstBlock,

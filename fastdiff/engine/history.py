@@ -40,11 +40,16 @@ class History:
         self.nodes: list[list[int]] = []
 
     def put(self, step: int, streams: Streams, minus: Streams | None = None) -> None:
-        """Keep ``streams`` (less ``minus``, of as many tensors or more) of all samples."""
+        """Keep ``streams`` (less ``minus``, of as many tensors or more) of all samples. A step that
+        is done again, as its call broke off, takes its own place."""
         if not self.nodes:
             self.nodes = [[] for _ in range(streams[0].shape[0])]
+        again = all(nodes[:1] == [step] for nodes in self.nodes)
         full = len(self.values) == self.length
         room: Sequence[Tensor | None] = self.values[-1] if full else ()
+        if again:
+            room = self.values.pop(0)
+            self.nodes = [nodes[1:] for nodes in self.nodes]
         room = room or (None,) * len(streams)
         less: Sequence[Tensor | None] = minus or (None,) * len(streams)
         # A last block may end a stream, which is then not kept.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.cache.accumulated import AccumulatedDistance
@@ -21,6 +20,7 @@ from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Kept, decide
 from fastdiff.engine.history import Streams, fits_of
+from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.rows import call_of
@@ -152,9 +152,7 @@ def drive(
     def forward(*args: Any, **kwargs: Any) -> Any:
         request, stack = current(), None
         if request is not None and request.slot is not None:
-            off = "training mode" if network.training else ""
-            off = off or ("gradients are recorded" if torch.is_grad_enabled() else "")
-            off = off or view.off(args, kwargs)
+            off = why_off(network) or view.off(args, kwargs)
             if off:
                 request.trace.append(Event(request.step, request.slot, part, (), f"off: {off}"))
                 request.state.pop((request.slot, "blocks"), None)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.cache.faster_diffusion import EncoderPropagation
+from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
-from fastdiff.engine.reuse_unet import nothing, off, warn_of_few
+from fastdiff.engine.reuse_unet import nothing, warn_of_few
 from fastdiff.engine.view import Join, Stage, UNetView
 
 _Args = tuple[Any, ...]
@@ -97,8 +98,9 @@ def _drive(
         if request is None or request.slot is None:
             return plain(*args, **kwargs)
         x = view.sample(args, kwargs)
-        how, call = off(network), None
-        if how is None:
+        off, call = why_off(network), None
+        how = f"off: {off}"
+        if not off:
             call = _plan(request, policy, x)
             how = "reuse" if call is not None and call.reuse else "full"
         else:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.cache.accumulated import AccumulatedDistance
@@ -22,6 +21,7 @@ from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Decision, Kept, decide
+from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.rows import call_of
@@ -32,15 +32,6 @@ FEW = 8  # steps of a distilled model: neighbours differ too much for a cache to
 Policy = AccumulatedDistance | DeepCache | FirstBlock | Forecast | MagnitudeRatio
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
-
-
-def off(network: nn.Module) -> str | None:
-    """Why caches are off for a call of ``network``, None where they are on."""
-    if network.training:
-        return "off: the network is in training mode"
-    if torch.is_grad_enabled():
-        return "off: gradients are recorded"
-    return None
 
 
 def warn_of_few(request: Request, policy: Any) -> None:
@@ -124,13 +115,14 @@ def _drive(
         if request is None or request.slot is None:
             return plain(*args, **kwargs)
         x = view.sample(args, kwargs)
-        why, call = off(network), None
-        if why is None and measured and view.whole(args, kwargs):
-            why = "off: residuals are added from outside, which a rule cannot foresee"
-        if why is not None or policy.neutral or _unread(request, policy):
+        why, call = why_off(network), None
+        if not why and measured and view.whole(args, kwargs):
+            why = "residuals are added from outside, which a rule cannot foresee"
+        if why or policy.neutral or _unread(request, policy):
             request.state.pop((request.slot, "unet"), None)
             computed = (True,) * x.shape[0]
-            request.trace.append(Event(request.step, request.slot, part, computed, why or "full"))
+            how = f"off: {why}" if why else "full"
+            request.trace.append(Event(request.step, request.slot, part, computed, how))
         else:
             call = Depths(request, policy, part, x)
             if not measured:

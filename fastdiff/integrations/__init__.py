@@ -15,6 +15,7 @@ from torch import nn
 
 from fastdiff.cache import (
     AccumulatedDistance,
+    Broadcast,
     DeepCache,
     EncoderPropagation,
     FirstBlock,
@@ -23,7 +24,7 @@ from fastdiff.cache import (
 )
 from fastdiff.engine import reuse_encoder, reuse_unet
 from fastdiff.engine.patch import Patch
-from fastdiff.integrations import unet_views, views
+from fastdiff.integrations import module_views, unet_views, views
 from fastdiff.integrations.exact_mode import exact
 
 __all__ = ["exact", "reuse"]
@@ -37,8 +38,9 @@ _DEEP = (
     Forecast,
     MagnitudeRatio,
 )
+_SCHEDULED = (DeepCache, EncoderPropagation, Forecast)
 # What policies skip, the innermost first; one network takes one of each.
-_KINDS: tuple[tuple[type, ...], ...] = (_DEEP,)
+_KINDS: tuple[tuple[type, ...], ...] = ((Broadcast,), _DEEP)
 
 
 def _kind(policy: Any) -> int:
@@ -60,10 +62,24 @@ def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str
             raise ValueError(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
+    if ordered and isinstance(ordered[0], Broadcast):
+        _with_modules(ordered[1:])
     return [part for policy in ordered for part in _reuse(network, policy, patch)]
 
 
+def _with_modules(policies: Sequence[Any]) -> None:
+    """Refuse what hands batches of changing samples to modules that keep their outputs."""
+    for policy in policies:
+        why = "" if isinstance(policy, _SCHEDULED) else "takes single samples out of the batch"
+        if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
+            why = "decodes several steps in one batch"
+        if why:
+            raise ValueError(f"accelerate: cache has {policy!r}, which {why}, next to Broadcast")
+
+
 def _reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
+    if isinstance(policy, Broadcast):
+        return module_views.reuse(network, policy, patch)
     if not isinstance(policy, EncoderPropagation):
         parts = views.reuse(network, policy, patch)
         if parts is not None:

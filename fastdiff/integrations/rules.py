@@ -8,6 +8,7 @@ autocast, a dtype of its own, a layer that an adapter wraps, hooks) it calls the
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType, NoneType
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ def _weight_fits(w: Any, x: Tensor) -> bool:
 
 def readable(module: Any, cls: type[nn.Module], x: Tensor) -> bool:
     """``module`` is exactly a ``cls`` and nobody listens to its calls, so that reading its weight
-    and bias is the same as calling it; they have the dtype and device of ``x``."""
+    and bias is the same as calling it; they have the dtype and device of ``x``. A ``forward`` of
+    its own is a rule of ours, a method, or else it is someone's who wants to be called."""
     return (
         type(module) is cls
+        and isinstance(module.__dict__.get("forward"), NoneType | MethodType)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and _weight_fits(module.weight, x)

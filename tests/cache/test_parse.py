@@ -26,7 +26,7 @@ def test_text_is_a_policy(text, policy):
 @pytest.mark.parametrize(
     "text, need",
     [
-        ("magic:3", "cache is 'magic:3', need one of accumulated, deepcache, encoder, firstblock"),
+        ("magic:3", "cache is 'magic:3', need one of accumulated, broadcast, deepcache, encoder"),
         ("", "cache is ''"),
         ("deepcache:3,5", "'5' does not fit"),
         ("deepcache:3,depth=1", "'depth=1' does not fit, need name=value, with names of interval"),

@@ -1,0 +1,169 @@
+"""Caches of single modules at work: attention and feed-forward, each computed on its own schedule.
+
+A module's output is kept as a copy and handed out as a fresh tensor, so that what comes after may
+write to it. What a module keeps belongs to the shapes, dtypes and devices of the tensors that it
+was called with; where they change it computes, and keeps anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastdiff.cache.broadcast import Broadcast
+from fastdiff.engine.history import History
+from fastdiff.engine.off import why_off
+from fastdiff.engine.patch import Patch
+from fastdiff.engine.request import Event, Request, current
+
+
+class Part(NamedTuple):
+    """A module that a policy may skip.
+
+    Attributes:
+        module: its ``forward`` gives a tensor or a tuple of tensors.
+        kind: one of ``fastdiff.cache.broadcast.KINDS``.
+        residual: None; or f of a module that returns ``(x + update) / f`` for its first tensor x,
+            of which the update is kept: what is reused then differs by rounding.
+    """
+
+    module: nn.Module
+    kind: str
+    residual: float | None = None
+
+
+class _Kept(NamedTuple):
+    """The last outputs of a module; ``fits`` tells the inputs that they belong to, ``single`` is
+    where the output is a tensor and not a tuple of them."""
+
+    fits: Hashable
+    single: bool
+    history: History
+
+
+def _signature(values: Iterable[Any]) -> Hashable:
+    """Shape, dtype and device of the tensors among ``values``, by place."""
+    return tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values)
+
+
+class Call:
+    """One call of a network: its modules ask whether to compute, and it notes what they did."""
+
+    def __init__(self, request: Request, policy: Broadcast) -> None:
+        self._request, self._policy = request, policy
+        self._slot = (request.slot, "modules")
+        self._state: dict[Hashable, _Kept] = request.state.setdefault(self._slot, {})
+        self._runs: Counter[Hashable] = Counter()
+        self._how: dict[str, Counter[str]] = {}
+        self._batch = 0
+
+    def output(
+        self, part: Part, key: Hashable, run: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """What ``run(*args, **kwargs)`` gives, computed or not; ``key`` names the module."""
+        step, steps = self._request.step, self._request.steps
+        self._runs[key] += 1  # a feed-forward in chunks runs several times in a call
+        key = (key, self._runs[key])
+        fits = (_signature(args), tuple(kwargs), _signature(kwargs.values()))
+        x: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        policy = self._policy
+        computes = policy.computes(part.kind, step, steps)
+        kept = self._state.get(key)
+        if kept is not None and kept.fits != fits:
+            kept = None
+        if kept is not None and kept.history.values and not computes:
+            return self._reused(part, kept, x)
+        self._note(part.kind, x, "full")
+        out = run(*args, **kwargs)
+        single = isinstance(out, Tensor)
+        tensors: tuple[Tensor, ...] = (out,) if single else tuple(out)
+        if kept is None:
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            self._request.claim((*self._slot, key), size * policy.most(part.kind, steps))
+            kept = self._state[key] = _Kept(fits, single, History(policy.order + 1))
+        if not policy.kept(part.kind, step, steps):
+            self._state[key] = kept._replace(history=History(policy.order + 1))
+        elif part.residual is None:
+            kept.history.put(step, tensors)
+        else:
+            kept.history.put(step, (out * part.residual,), (x,))
+        return out
+
+    def _reused(self, part: Part, kept: _Kept, x: Tensor) -> Any:
+        """A fresh tensor, or a tuple of them."""
+        step, method, several = self._request.step, self._policy.method, len(kept.history.values)
+        self._note(part.kind, x, "forecast" if several > 1 else "reuse")
+        if part.residual is not None:
+            return kept.history.onto((x,), step, method)[0] / part.residual
+        found = kept.history.forecast(step, method)
+        if several == 1:
+            found = tuple(t.clone() for t in found)
+        return found[0] if kept.single else found
+
+    def _note(self, kind: str, x: Tensor, how: str) -> None:
+        self._batch = max(self._batch, x.shape[0])
+        self._how.setdefault(kind, Counter())[how] += 1
+
+    def close(self) -> None:
+        """At the end of the call: an event for each kind of module. Where some of them computed
+        and others did not, their numbers are told, and the kind counts as computed."""
+        request = self._request
+        for kind, how in self._how.items():
+            words = ", ".join(how if len(how) == 1 else (f"{n} {h}" for h, n in how.items()))
+            computed = (how["full"] > 0,) * self._batch
+            part = kind.replace("_", "-")
+            request.trace.append(Event(request.step, request.slot, part, computed, words))
+
+
+_call: ContextVar[Call | None] = ContextVar("fastdiff_modules", default=None)
+
+
+def wrapped(part: Part, key: Hashable, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which computes ``part``, as a function that runs it only where its turn has come."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = _call.get()
+        if call is None:
+            return run(*args, **kwargs)
+        return call.output(part, key, run, args, kwargs)
+
+    return forward
+
+
+def drive(network: nn.Module, policy: Broadcast, patch: Patch) -> None:
+    """Around every call of the network: caches are on within a run, and nowhere else."""
+    plain = network.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        request, call = current(), None
+        if request is not None and request.slot is not None:
+            off = why_off(network)
+            if off:
+                request.trace.append(
+                    Event(request.step, request.slot, "modules", (), f"off: {off}")
+                )
+                request.state.pop((request.slot, "modules"), None)
+            else:
+                call = Call(request, policy)
+        token = _call.set(call)
+        try:
+            out = plain(*args, **kwargs)
+        finally:
+            _call.reset(token)
+        if call is not None:
+            call.close()
+        return out
+
+    patch.set(network, "forward", forward)
+
+
+def modules(network: nn.Module, parts: Sequence[Part], policy: Broadcast, patch: Patch) -> None:
+    """Run ``policy`` on those ``parts`` of a network that it does not always compute."""
+    for i, part in enumerate(parts):
+        if policy.every(part.kind) > 1:
+            patch.set(part.module, "forward", wrapped(part, i, part.module.forward))
+    drive(network, policy, patch)
