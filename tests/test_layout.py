@@ -23,6 +23,7 @@ FLOORS = (
     ("integrations",),
     (
         "accelerate",
+        "calibrate",
         "cli",
         "cli_sample",
         "gpu_cases",

@@ -24,9 +24,9 @@ class Kept:
         storing: False where the policy is neutral: nothing is kept then.
     """
 
-    def __init__(self, key: Hashable, fits: Hashable, length: int, storing: bool) -> None:
-        self.key, self.fits, self.storing = key, fits, storing
-        self.history = History(length)
+    def __init__(self, key: Hashable, fits: Hashable, policy: Any) -> None:
+        self.key, self.fits, self.storing = key, fits, not policy.neutral
+        self.history = History(policy.order + 1, getattr(policy, "observe", None))
         self.memory: Memory = {}
 
     @classmethod
@@ -35,7 +35,7 @@ class Kept:
         key = (request.slot, kind)
         found = request.state.get(key)
         if found is None or found.fits != fits:
-            found = request.state[key] = cls(key, fits, policy.order + 1, not policy.neutral)
+            found = request.state[key] = cls(key, fits, policy)
         return found
 
     def claim(self, request: Request, features: Streams) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,48 +27,76 @@ def _stored(value: Tensor, minus: Tensor | None, room: Tensor | None) -> Tensor:
 class History:
     """Up to ``length`` values of a tuple of features ``[B, ...]``, each sample with its own steps.
 
-    Memory is allocated until ``length`` values are kept and then used again: addresses stay.
+    Memory is allocated until there are ``length`` buffers and then used again: addresses stay.
 
     Attributes:
-        values: the newest first.
+        buffers: memory of the values.
+        order: the buffers in use, that of the newest value first.
         nodes: for every sample, the steps at which its values were computed, the newest first.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.values: list[Streams] = []
+    def __init__(self, length: int, observe: Callable[[History], None] | None = None) -> None:
+        self.length, self._observe = length, observe
+        self.buffers: list[Streams] = []
+        self.order: list[int] = []
         self.nodes: list[list[int]] = []
+
+    @property
+    def values(self) -> list[Streams]:
+        """What is kept, the newest first."""
+        return [self.buffers[i] for i in self.order]
+
+    def _place(self) -> int:
+        """The buffer of the next value: an unused one, or that of the oldest value."""
+        unused = (i for i in range(self.length) if i not in self.order)
+        return next(unused, self.order[-1] if self.order else 0)
+
+    def _repeat(self, step: int) -> None:
+        """A step that is done again, as its call broke off, takes its own place."""
+        if self.nodes and all(nodes[:1] == [step] for nodes in self.nodes):
+            self.order = self.order[1:]
+            self.nodes = [nodes[1:] for nodes in self.nodes]
+
+    def move_on(self, step: int, batch: int) -> None:
+        """What :meth:`put` does to ``order`` and ``nodes``."""
+        self._repeat(step)
+        place = self._place()
+        self.order = [place, *(i for i in self.order if i != place)]
+        self.nodes = [[step, *n][: self.length] for n in self.nodes or [[]] * batch]
 
     def put(self, step: int, streams: Streams, minus: Streams | None = None) -> None:
         """Keep ``streams`` (less ``minus``, of as many tensors or more) of all samples. A step that
         is done again, as its call broke off, takes its own place."""
-        if not self.nodes:
-            self.nodes = [[] for _ in range(streams[0].shape[0])]
-        again = all(nodes[:1] == [step] for nodes in self.nodes)
-        full = len(self.values) == self.length
-        room: Sequence[Tensor | None] = self.values[-1] if full else ()
-        if again:
-            room = self.values.pop(0)
-            self.nodes = [nodes[1:] for nodes in self.nodes]
-        room = room or (None,) * len(streams)
+        self._repeat(step)
+        place = self._place()
+        used = place < len(self.buffers)
+        room: Sequence[Tensor | None] = self.buffers[place] if used else (None,) * len(streams)
         less: Sequence[Tensor | None] = minus or (None,) * len(streams)
         # A last block may end a stream, which is then not kept.
         new = tuple(_stored(s, m, r) for s, m, r in zip(streams, less, room, strict=False))
-        self.values = [new, *self.values][: self.length]
-        for nodes in self.nodes:
-            nodes[:] = [step, *nodes][: self.length]
+        if not used:
+            self.buffers.append(new)
+        self.move_on(step, new[0].shape[0])
+        if self._observe is not None:
+            self._observe(self)
 
     def put_rows(self, step: int, rows: Tensor, which: Sequence[int], streams: Streams) -> None:
         """Keep ``streams [R, ...]`` of the samples ``which``; ``rows``: the same on the device."""
-        kept = len(self.values)
-        if kept < self.length and any(len(self.nodes[b]) == kept for b in which):
-            self.values.append(tuple(torch.zeros_like(v) for v in self.values[0]))
-        for newer, older in zip(self.values[-2::-1], self.values[:0:-1], strict=True):
+        kept = len(self.order)
+        moved = [b for b in which if self.nodes[b][0] != step]
+        if kept < self.length and any(len(self.nodes[b]) == kept for b in moved):
+            place = self._place()
+            if place == len(self.buffers):
+                self.buffers.append(tuple(torch.zeros_like(v) for v in self.buffers[0]))
+            self.order.append(place)
+        values = self.values
+        away = rows if len(moved) == len(which) else torch.tensor(moved, device=rows.device)
+        for newer, older in zip(values[-2::-1], values[:0:-1], strict=True):
             for n, o in zip(newer, older, strict=True):
-                o.index_copy_(0, rows, n[rows])
-        for newest, s in zip(self.values[0], streams, strict=False):
+                o.index_copy_(0, away, n[away])
+        for newest, s in zip(values[0], streams, strict=False):
             newest.index_copy_(0, rows, s)
-        for b in which:
+        for b in moved:
             self.nodes[b] = [step, *self.nodes[b]][: self.length]
 
     def _weights(self, method: str, step: int, like: Tensor) -> list[float] | Tensor:
@@ -76,25 +104,23 @@ class History:
         each = [weights(method, tuple(nodes), step) for nodes in self.nodes]
         if all(w == each[0] for w in each):
             return list(each[0])
-        padded = [[*w, *[0.0] * (len(self.values) - len(w))] for w in each]
+        padded = [[*w, *[0.0] * (len(self.order) - len(w))] for w in each]
         return torch.tensor(padded, dtype=torch.float32).to(like.device)
 
     def onto(self, start: Streams, step: int, method: str) -> Streams:
         """``start`` plus the forecast for ``step``; new tensors."""
-        found = self._weights(method, step, start[0])
+        found, values = self._weights(method, step, start[0]), self.values
         return tuple(
-            _sum(s, [v[i] for v in self.values], found)
-            for i, s in enumerate(start[: len(self.values[0])])
+            _sum(s, [v[i] for v in values], found) for i, s in enumerate(start[: len(values[0])])
         )
 
     def forecast(self, step: int, method: str) -> Streams:
         """The forecast for ``step``; the newest value itself where that is all there is."""
-        if len(self.values) == 1:
-            return self.values[0]
-        found = self._weights(method, step, self.values[0][0])
-        return tuple(
-            _sum(None, [v[i] for v in self.values], found) for i in range(len(self.values[0]))
-        )
+        values = self.values
+        if len(values) == 1:
+            return values[0]
+        found = self._weights(method, step, values[0][0])
+        return tuple(_sum(None, [v[i] for v in values], found) for i in range(len(values[0])))
 
 
 def _sum(start: Tensor | None, values: list[Tensor], found: list[float] | Tensor) -> Tensor:
