@@ -1,7 +1,8 @@
 r"""Attention broadcast by range (PAB, Zhao et al. 2024, arXiv:2408.12588), or forecasts instead.
 
 What attention and feed-forward modules give changes little over the middle steps of a run, and the
-less the farther what they look at is from the picture: cross-attention least, self-attention more.
+less the farther what they look at is: attention to a prompt least, attention between the frames of
+a video more, attention within a picture most.
 Each kind of module is therefore computed at every n-th step of that part of the run. Between, its
 last output is broadcast to the steps that follow; or, with ``order`` > 0, continued from the last
 ``order + 1`` outputs (the idea of TaylorSeer, Liu et al. 2025, arXiv:2503.06923).
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from fastdiff.cache._check import extrapolation, number, whole
 
-KINDS = ("self_attention", "cross_attention", "feed_forward")
+KINDS = ("self_attention", "cross_attention", "feed_forward", "temporal_attention")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Broadcast:
         order: of the forecast, 0 (reuse) to 4; lower while fewer outputs have been computed. A
             module keeps ``order + 1`` outputs.
         method: of :mod:`fastdiff.cache.extrapolate`.
+        temporal_attention: n of attention between frames, in networks that part it from attention
+            within a frame.
 
     Raises:
         ValueError: an argument does not fit.
@@ -46,6 +49,7 @@ class Broadcast:
     stop: float = 0.9
     order: int = 0
     method: str = "lagrange"
+    temporal_attention: int = 2
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -54,6 +58,11 @@ class Broadcast:
         need = f"a share of the steps, from start {self.start} to 1"
         number("Broadcast", "stop", self.stop, self.start, 1, need)
         extrapolation("Broadcast", self.order, self.method)
+
+    @property
+    def neutral(self) -> bool:
+        """It computes everything."""
+        return all(self.every(kind) == 1 for kind in KINDS)
 
     def every(self, kind: str) -> int:
         """n of a kind of ``KINDS``."""

@@ -50,53 +50,65 @@ def _signature(values: Iterable[Any]) -> Hashable:
     return tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values)
 
 
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Samples of a network's call: rows of the tensor with most dimensions, which is the input."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    return max(tensors, key=Tensor.dim).shape[0]
+
+
 class Call:
     """One call of a network: its modules ask whether to compute, and it notes what they did."""
 
-    def __init__(self, request: Request, policy: Broadcast) -> None:
-        self._request, self._policy = request, policy
+    def __init__(self, request: Request, policy: Broadcast, batch: int) -> None:
+        self._request, self._policy, self._batch = request, policy, batch
+        self._turns: dict[str, tuple[bool, bool]] = {}  # of a kind: computes, and is kept
         self._slot = (request.slot, "modules")
         self._state: dict[Hashable, _Kept] = request.state.setdefault(self._slot, {})
         self._runs: Counter[Hashable] = Counter()
         self._how: dict[str, Counter[str]] = {}
-        self._batch = 0
+
+    def _turn(self, kind: str) -> tuple[bool, bool]:
+        if kind not in self._turns:
+            when = kind, self._request.step, self._request.steps
+            self._turns[kind] = self._policy.computes(*when), self._policy.kept(*when)
+        return self._turns[kind]
 
     def output(
         self, part: Part, key: Hashable, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """What ``run(*args, **kwargs)`` gives, computed or not; ``key`` names the module."""
-        step, steps = self._request.step, self._request.steps
+        request, policy = self._request, self._policy
+        computes, keeps = self._turn(part.kind)
         self._runs[key] += 1  # a feed-forward in chunks runs several times in a call
         key = (key, self._runs[key])
         fits = (_signature(args), tuple(kwargs), _signature(kwargs.values()))
         x: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        policy = self._policy
-        computes = policy.computes(part.kind, step, steps)
         kept = self._state.get(key)
         if kept is not None and kept.fits != fits:
             kept = None
         if kept is not None and kept.history.values and not computes:
             return self._reused(part, kept, x)
-        self._note(part.kind, x, "full")
+        self._note(part.kind, "full")
         out = run(*args, **kwargs)
         single = isinstance(out, Tensor)
         tensors: tuple[Tensor, ...] = (out,) if single else tuple(out)
         if kept is None:
             size = sum(t.numel() * t.element_size() for t in tensors)
-            self._request.claim((*self._slot, key), size * policy.most(part.kind, steps))
+            most = policy.most(part.kind, request.steps)
+            request.claim((*self._slot, key), size * most)
             kept = self._state[key] = _Kept(fits, single, History(policy.order + 1))
-        if not policy.kept(part.kind, step, steps):
+        if not keeps:
             self._state[key] = kept._replace(history=History(policy.order + 1))
         elif part.residual is None:
-            kept.history.put(step, tensors)
+            kept.history.put(request.step, tensors)
         else:
-            kept.history.put(step, (out * part.residual,), (x,))
+            kept.history.put(request.step, (out * part.residual,), (x,))
         return out
 
     def _reused(self, part: Part, kept: _Kept, x: Tensor) -> Any:
         """A fresh tensor, or a tuple of them."""
         step, method, several = self._request.step, self._policy.method, len(kept.history.values)
-        self._note(part.kind, x, "forecast" if several > 1 else "reuse")
+        self._note(part.kind, "forecast" if several > 1 else "reuse")
         if part.residual is not None:
             return kept.history.onto((x,), step, method)[0] / part.residual
         found = kept.history.forecast(step, method)
@@ -104,8 +116,7 @@ class Call:
             found = tuple(t.clone() for t in found)
         return found[0] if kept.single else found
 
-    def _note(self, kind: str, x: Tensor, how: str) -> None:
-        self._batch = max(self._batch, x.shape[0])
+    def _note(self, kind: str, how: str) -> None:
         self._how.setdefault(kind, Counter())[how] += 1
 
     def close(self) -> None:
@@ -148,7 +159,7 @@ def drive(network: nn.Module, policy: Broadcast, patch: Patch) -> None:
                 )
                 request.state.pop((request.slot, "modules"), None)
             else:
-                call = Call(request, policy)
+                call = Call(request, policy, _batch(args, kwargs))
         token = _call.set(call)
         try:
             out = plain(*args, **kwargs)

@@ -38,7 +38,7 @@ _DEEP = (
     Forecast,
     MagnitudeRatio,
 )
-_SCHEDULED = (DeepCache, EncoderPropagation, Forecast)
+_SCHEDULED = (DeepCache, EncoderPropagation, Forecast, MagnitudeRatio)
 # What policies skip, the innermost first; one network takes one of each.
 _KINDS: tuple[tuple[type, ...], ...] = ((Broadcast,), _DEEP)
 

@@ -20,13 +20,14 @@ from fastdiff.engine.reuse_modules import Part, modules
 from fastdiff.integrations import module_views
 from fastdiff.testing import draw_weights, load_file
 
-networks = load_file(Path(__file__).parents[1] / "integrations" / "networks.py")
+FOLDER = Path(__file__).parents[1] / "integrations"
+networks, more = (load_file(FOLDER / f"{name}.py") for name in ("networks", "more_networks"))
 
-ALWAYS = Broadcast(1, 1, 1)
+ALWAYS = Broadcast(1, 1, 1, temporal_attention=1)
 NEVER_YET = Broadcast(2, 2, 2, start=0.5, stop=0.5)  # an empty part of the run
-EVERY = Broadcast(9, 9, 9, 0, 1)
-every = pytest.mark.parametrize("make", networks.NETWORKS, ids=lambda f: f.__name__)
-NAMES = ("self-attention", "cross-attention", "feed-forward")
+EVERY = Broadcast(9, 9, 9, 0, 1, temporal_attention=9)
+every = pytest.mark.parametrize("make", networks.NETWORKS + more.NETWORKS, ids=lambda f: f.__name__)
+NAMES = ("self-attention", "cross-attention", "feed-forward", "temporal-attention")
 
 
 def dit():
@@ -71,7 +72,7 @@ def hows(request, part="self-attention"):
 
 def test_schedule():
     policy = Broadcast(2, 3, 1, start=0.2, stop=0.8)
-    for kind, want in zip(KINDS, ("1110101011", "1101001011", "1111111111"), strict=True):
+    for kind, want in zip(KINDS[:3], ("1110101011", "1101001011", "1111111111"), strict=True):
         got = "".join(str(int(policy.computes(kind, s, 10))) for s in range(10))
         assert got == want, kind
         # What is kept is what the next reuse reads, and no more.
@@ -100,10 +101,13 @@ def test_bad_settings():
             model(*inputs(1, 0))
 
 
-COUNTS = {  # of self-attention, cross-attention and feed-forward
+COUNTS = {  # of self-attention, cross-attention, feed-forward, and temporal attention where any
     "dit": (2, 0, 2), "pixart": (2, 2, 2), "sd3": (3, 0, 5), "sd35": (5, 0, 5), "flux": (4, 0, 6),
     "unet": (4, 0, 0), "unet_scale_shift": (4, 0, 0), "sd15": (4, 4, 4), "sdxl": (8, 8, 8),
-    "wan": (2, 2, 2),
+    "wan": (2, 2, 2), "cogvideox": (2, 0, 2), "latte": (2, 2, 4, 2),
+    "animatediff": (4, 4, 11, 14), "svd": (4, 8, 12, 4), "ltx": (2, 2, 2),
+    "hunyuan_video": (4, 0, 6), "mochi": (2, 0, 3), "qwen_image": (2, 0, 4), "allegro": (2, 2, 2),
+    "sana": (2, 2, 2), "chroma": (4, 0, 6), "cogview4": (2, 0, 2),
 }  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def test_the_same_input_again_is_reused_and_gives_the_same(make, exact):
     model, args, kwargs = make()
     parts = module_views.view(model)
     counts = tuple(sum(p.kind == kind for p in parts) for kind in KINDS)
-    assert counts == COUNTS[make.__name__]
+    assert counts == (*COUNTS[make.__name__], 0)[:4]
     with fastdiff.accelerated(model, cache=EVERY, exact=exact), fastdiff.request() as request:
         first = call(model, args, kwargs)
         with torch.no_grad():
@@ -165,7 +169,7 @@ def test_trace_of_a_run(make):
     short = {"full": "1", "reuse": "0"}
     seen = {name: "".join(short[how] for how in hows(request, name)) for name in NAMES}
     cross = "1101001011" if make is unet else ""
-    assert seen == dict(zip(NAMES, ("1110101011", cross, "1100100011"), strict=True))
+    assert seen == dict(zip(NAMES, ("1110101011", cross, "1100100011", ""), strict=True))
     assert all(map(torch.equal, got[:2], plain[:2])) and not torch.equal(got[3], plain[3])
     assert all(e.computed == (e.how == "full",) * 2 for e in request.trace)
     for g, p in zip(got, plain, strict=True):  # close: the inputs change little
@@ -272,6 +276,49 @@ def test_interleaved_requests_and_broken_runs_leave_no_trace(make):
     assert all(map(torch.equal, run(model, small)[0], want[0]))
 
 
+@ours
+@torch.no_grad()
+def test_branches_of_guidance_that_are_called_in_turn_keep_their_own(make):
+    model = fastdiff.accelerate(make(), cache=Broadcast(2, 3, 2, 0, 1, order=1))
+    branches = [[inputs(b, s) for s in range(6)] for b in (2, 3)]
+    want = [run(model, calls)[0] for calls in branches]
+    got: list = [[], []]
+    with fastdiff.request(steps=6, calls_per_step=2):
+        for step in zip(*branches, strict=True):
+            for outs, args in zip(got, step, strict=True):
+                outs.append(model(*args))
+    for g, w in zip(got, want, strict=True):
+        assert all(map(torch.equal, g, w))
+
+
+def test_a_pipeline_knows_its_steps_and_forgets_its_runs():
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4).eval()
+    pipe = diffusers.DiTPipeline(networks.dit()[0], vae, diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(steps):
+        return pipe(
+            class_labels=[1], num_inference_steps=steps, output_type="np", guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+
+    plain = draw(10)
+    fastdiff.accelerate(pipe, cache=Broadcast(3, feed_forward=2))
+    first = draw(10)
+    assert not (first == plain).all()
+    run_ = acceleration_of(pipe).last
+    assert [h[0] for h in hows(run_)] == list("frrfrrfrrf") and not run_.state
+    assert all(len(e.computed) == 2 for e in run_.trace)
+    text = fastdiff.summary(pipe)
+    assert "feed-forward: 10 calls, 8 of 20 samples' parts not computed" in text
+    assert hows(run_, NAMES[2]) == [*["full", "reuse"] * 4, "full", "full"]
+    draw(4)
+    assert (draw(10) == first).all()
+    fastdiff.restore(pipe)
+    assert (draw(10) == plain).all()
+
+
 @torch.no_grad()
 def test_another_size_within_a_run_computes_and_keeps_anew():
     model = fastdiff.accelerate(dit(), cache=Broadcast(9, 1, 9, 0, 1))
@@ -332,46 +379,45 @@ def test_sampling_with_guidance(make):
     assert hows(run_) == ["full" if s in (0, 2, 4, 6, 8, 9) else "reuse" for s in range(10)]
 
 
-def flux_calls():
-    model, args, kwargs = networks.flux()
-    g = torch.Generator().manual_seed(3)
-    d = 0.1 * torch.randn(args[0].shape, generator=g)
-    return model, [dict(kwargs, hidden_states=args[0] + s * d) for s in range(10)]
+def calls_of(make, size):
+    """Ten calls of the network, whose input moves along a line."""
+    model, args, kwargs = make()
+    name = next((k for k in ("hidden_states", "sample") if k in kwargs), None)
+    x = kwargs[name] if name else args[0]
+    d = networks.draw(*x.shape, seed=9)
+    for s in range(size):
+        now = x + 0.1 * s * d
+        yield model, (() if name else (now, *args[1:])), {**kwargs, **({name: now} if name else {})}
 
 
-def cogvideox_calls():
-    model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-        time_embed_dim=8, text_embed_dim=24, num_layers=2, sample_width=8, sample_height=8,
-        sample_frames=5, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=7,
-    )  # fmt: skip
-    x, d, text = (networks.draw(*s, seed=i) for i, s in enumerate(
-        ((1, 2, 4, 8, 8), (1, 2, 4, 8, 8), (1, 7, 24))))  # fmt: skip
-    return draw_weights(model), [
-        dict(hidden_states=x + 0.1 * s * d, encoder_hidden_states=text, timestep=torch.tensor([9]))
-        for s in range(10)
-    ]
+PAB = [networks.pixart, networks.sd3, networks.flux, networks.sd15, networks.wan]
+PAB += [more.cogvideox, more.latte, more.qwen_image]
 
 
-@pytest.mark.parametrize("make", (flux_calls, cogvideox_calls))
+@pytest.mark.parametrize("make", PAB, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("n", (2, 3))
 def test_it_is_diffusers_pyramid_attention_broadcast(make, n):
-    model, calls = make()
-    plain = [call(model, (), kwargs) for kwargs in calls]
-    with fastdiff.accelerated(model, cache=Broadcast(n, 1, 1, 0.2, 0.9), exact=False):
+    """Bit for bit, where no module adds its input to its output."""
+    model, calls = make()[0], list(calls_of(make, 10))
+    plain = [call(model, *given) for _, *given in calls]
+    policy = Broadcast(n, 4, 1, 0.2, 0.9, temporal_attention=n + 1)
+    with fastdiff.accelerated(model, cache=policy, exact=False):
         with fastdiff.request(steps=10) as request:
-            got = [call(model, (), kwargs) for kwargs in calls]
-    assert "reuse" in hows(request)
-    now = {}
+            got = [call(model, *given) for _, *given in calls]
+    assert "reuse" in hows(request) and not all(map(torch.equal, got, plain))
+    now, between = {}, (100, 800)
     config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=n, spatial_attention_timestep_skip_range=(100, 800),
+        spatial_attention_block_skip_range=n, spatial_attention_timestep_skip_range=between,
+        cross_attention_block_skip_range=4, cross_attention_timestep_skip_range=between,
+        temporal_attention_block_skip_range=n + 1,
+        temporal_attention_timestep_skip_range=between,
         current_timestep_callback=lambda: now["t"],
+        spatial_attention_block_identifiers=(r"^(?!.*temporal).*blocks",),
     )  # fmt: skip
     apply_pyramid_attention_broadcast(model, config)
-    for s, kwargs in enumerate(calls):
+    for s, (_, *given) in enumerate(calls):
         now["t"] = 950 - 100 * s  # steps 2 to 8 lie between 100 and 800
-        assert torch.equal(call(model, (), kwargs), got[s])
-    assert not all(map(torch.equal, got, plain))
+        assert torch.equal(call(model, *given), got[s])
 
 
 @torch.no_grad()
