@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.cache.broadcast import Broadcast
-from fastdiff.engine.history import History
+from fastdiff.engine.history import History, Streams
 from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
@@ -38,7 +38,8 @@ class Part(NamedTuple):
 
 class _Kept(NamedTuple):
     """The last outputs of a module; ``fits`` tells the inputs that they belong to, ``single`` is
-    where the output is a tensor and not a tuple of them."""
+    where the output is a tensor and not a tuple of them. The schedule is the same for all samples,
+    so to the history the whole batch is one: ``[1, B, ...]``."""
 
     fits: Hashable
     single: bool
@@ -48,6 +49,10 @@ class _Kept(NamedTuple):
 def _signature(values: Iterable[Any]) -> Hashable:
     """Shape, dtype and device of the tensors among ``values``, by place."""
     return tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values)
+
+
+def _one(streams: Streams) -> Streams:
+    return tuple(t[None] for t in streams)
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -85,6 +90,7 @@ class Call:
         x: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         kept = self._state.get(key)
         if kept is not None and kept.fits != fits:
+            del self._state[key]  # before the new one takes memory
             kept = None
         if kept is not None and kept.history.values and not computes:
             return self._reused(part, kept, x)
@@ -92,6 +98,8 @@ class Call:
         out = run(*args, **kwargs)
         single = isinstance(out, Tensor)
         tensors: tuple[Tensor, ...] = (out,) if single else tuple(out)
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return out  # not something that can be continued: always computed
         if kept is None:
             size = sum(t.numel() * t.element_size() for t in tensors)
             most = policy.most(part.kind, request.steps)
@@ -100,9 +108,9 @@ class Call:
         if not keeps:
             self._state[key] = kept._replace(history=History(policy.order + 1))
         elif part.residual is None:
-            kept.history.put(request.step, tensors)
+            kept.history.put(request.step, _one(tensors))
         else:
-            kept.history.put(request.step, (out * part.residual,), (x,))
+            kept.history.put(request.step, _one((out * part.residual,)), _one((x,)))
         return out
 
     def _reused(self, part: Part, kept: _Kept, x: Tensor) -> Any:
@@ -110,8 +118,8 @@ class Call:
         step, method, several = self._request.step, self._policy.method, len(kept.history.values)
         self._note(part.kind, "forecast" if several > 1 else "reuse")
         if part.residual is not None:
-            return kept.history.onto((x,), step, method)[0] / part.residual
-        found = kept.history.forecast(step, method)
+            return kept.history.onto(_one((x,)), step, method)[0][0] / part.residual
+        found = tuple(t[0] for t in kept.history.forecast(step, method))
         if several == 1:
             found = tuple(t.clone() for t in found)
         return found[0] if kept.single else found

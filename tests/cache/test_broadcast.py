@@ -176,6 +176,19 @@ def test_trace_of_a_run(make):
         assert (g - p).norm() < 0.2 * p.norm()
 
 
+@torch.no_grad()
+def test_what_is_no_tensor_is_always_computed():
+    net, undo = nn.Sequential(nn.Linear(2, 2)).eval(), Patch()
+    net[0].forward = lambda x: (x, None)
+    modules(net, [Part(net[0], "feed_forward")], EVERY, undo)
+    request = Request(calls_per_step=1)
+    with request.active():
+        for _ in range(2):
+            with request.call(net):
+                assert net(torch.ones(1, 2))[1] is None
+    assert [e.how for e in request.trace] == ["full", "full"]
+
+
 class Line(nn.Module):
     """A layer whose output is then written to, as some networks do."""
 
