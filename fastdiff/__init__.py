@@ -4,7 +4,7 @@ from fastdiff import ops
 from fastdiff._memory import keep_memory
 from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
-from fastdiff.accelerate import accelerate, accelerated, request, restore, summary
+from fastdiff.accelerate import accelerate, accelerated, programs, request, restore, summary
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
 from fastdiff.sampling import sample
 
@@ -19,6 +19,7 @@ __all__ = [
     "explain",
     "keep_memory",
     "ops",
+    "programs",
     "record",
     "request",
     "restore",

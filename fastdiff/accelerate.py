@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastdiff.cache import EncoderPropagation
 from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.prior_noise import inject
+from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
@@ -29,10 +30,11 @@ class Acceleration:
         inject: the policy whose noise is added after every step of the scheduler, or None.
         lonely: calls of a network outside any run, for which caches were off.
         cache_bytes: what the caches of a run may hold at a time, None for any number.
+        policies: of its caches.
     """
 
-    def __init__(self, cache_bytes: int | None = None) -> None:
-        self.cache_bytes = cache_bytes
+    def __init__(self, cache_bytes: int | None = None, policies: Sequence[Any] = ()) -> None:
+        self.cache_bytes, self.policies = cache_bytes, policies
         self.patch = Patch()
         self.parts: list[str] = []
         self.last: Request | None = None
@@ -163,7 +165,7 @@ def accelerate(
     if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes < 0):
         raise ValueError(f"accelerate: cache_bytes is {cache_bytes!r}, need an integer of bytes")
     policies = _policies(cache)
-    acceleration = Acceleration(cache_bytes)
+    acceleration = Acceleration(cache_bytes, policies)
     for policy in policies:
         if isinstance(policy, EncoderPropagation) and policy.inject:
             if target in networks.values():
@@ -200,6 +202,17 @@ def _acceleration(who: str, target: Any) -> Acceleration:
     if found is None:
         raise ValueError(f"{who}: target is {type(target).__name__}, which is not accelerated")
     return found
+
+
+def programs(network: nn.Module) -> Programs:
+    """An accelerated network as a few captured programs, for ``fastdiff.sample(programs, ...)``.
+
+    On a GPU each kind of step is a CUDA graph; elsewhere it runs eagerly under the same rules.
+
+    Raises:
+        ValueError: ``network`` is not accelerated, or a policy of its caches cannot be captured.
+    """
+    return Programs(network, _acceleration("programs", network).policies)
 
 
 def restore(target: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff import samplers
 from fastdiff.accelerate import accelerated, acceleration_of, request
+from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import current
 from fastdiff.samplers.sample import model_times
 
@@ -22,9 +23,9 @@ def sample(
     """Sample from a diffusion or flow model, with or without a cache.
 
     Args:
-        model: as for :func:`fastdiff.samplers.sample`. One that ``accelerate`` has changed keeps
-            its own cache; a run that is open already (``with fastdiff.request():``) is then the
-            run, and its owner counts the steps.
+        model: as for :func:`fastdiff.samplers.sample`. One that ``accelerate`` has changed, or
+            ``programs`` of it, keeps its own cache; a run that is open already
+            (``with fastdiff.request():``) is then the run, and its owner counts the steps.
         x: the noise, or its shape.
         cache: a policy of ``fastdiff.cache``, for this call; ``model`` is then an ``nn.Module``.
             Every evaluation of the model is a step of the policy: Heun's method has two a level.
@@ -37,7 +38,8 @@ def sample(
     Raises:
         ValueError: an argument does not fit, or ``cache`` does not run on this model.
     """
-    if cache is None and (acceleration_of(model) is None or current() is not None):
+    network = model.network if isinstance(model, Programs) else model
+    if cache is None and (acceleration_of(network) is None or current() is not None):
         return samplers.sample(model, x, **settings)
     times = model_times(model, **{k: v for k, v in settings.items() if k in _TIMES})
     scope: AbstractContextManager[Any] = nullcontext()
@@ -45,7 +47,7 @@ def sample(
         scope = accelerated(model, cache=cache, exact=False)
     with scope, request(len(times), calls_per_step=1) as run:
         run.times = times
-        acceleration = acceleration_of(model)
+        acceleration = acceleration_of(network)
         assert acceleration is not None
         acceleration.last = run
         return samplers.sample(model, x, **settings)

@@ -34,7 +34,7 @@ class Kept:
         """That of the request's slot, a new one for features of another size."""
         key = (request.slot, kind)
         found = request.state.get(key)
-        if found is None or found.fits != fits:
+        if found is None or (found.fits != fits and not request.static):
             found = request.state[key] = cls(key, fits, policy)
         return found
 

@@ -56,6 +56,8 @@ class Request:
         trace: what every model call did.
         syncs: how often the host waited for a decision.
         limit: bytes that caches may hold at a time, None for any number.
+        static: shapes are the same in every call, caches keep their memory, and nothing is kept
+            that depends on an input's identity: a call depends on its step alone.
         peak_bytes: the most that :attr:`state` held after a model call.
         rows: which row of which op ran how often, ``{("attention", "native"): 24}``.
         owner: whose run it is, None for one that the user opened.
@@ -81,6 +83,7 @@ class Request:
         self.owner = owner
         self.limit: int | None = None
         self.peak_bytes = 0
+        self.static = False
         self._calls: dict[int, int] = {}
         self._claims: dict[Hashable, int] = {}
 
@@ -88,6 +91,10 @@ class Request:
         """The next step begins."""
         self.step += 1
         self._calls.clear()
+
+    def count(self, model: object, number: int) -> None:
+        """The next call of ``model`` is the one with ``number`` of its step."""
+        self._calls[id(model)] = number
 
     def claim(self, key: Hashable, size: int) -> None:
         """A cache says how many bytes it will hold under ``key`` of :attr:`state`, before it holds
@@ -111,14 +118,15 @@ class Request:
         return sum(found.values())
 
     @contextmanager
-    def call(self, model: object) -> Iterator[Hashable]:
+    def call(self, model: object) -> Iterator[tuple[int, int]]:
         """Around one call of ``model``; gives its slot: guidance branches that are called one by
         one within a step each have their own."""
         number = self._calls.get(id(model), 0)
         self._calls[id(model)] = number + 1
-        outer, self.slot = self.slot, (id(model), number)
+        outer, slot = self.slot, (id(model), number)
+        self.slot = slot
         try:
-            yield self.slot
+            yield slot
         except BaseException:
             self._calls[id(model)] = number  # it did not take place
             raise

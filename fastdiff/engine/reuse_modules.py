@@ -89,7 +89,7 @@ class Call:
         fits = (_signature(args), tuple(kwargs), _signature(kwargs.values()))
         x: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         kept = self._state.get(key)
-        if kept is not None and kept.fits != fits:
+        if kept is not None and kept.fits != fits and not request.static:
             del self._state[key]  # before the new one takes memory
             kept = None
         if kept is not None and kept.history.values and not computes:
@@ -105,7 +105,7 @@ class Call:
             most = policy.most(part.kind, request.steps)
             request.claim((*self._slot, key), size * most)
             kept = self._state[key] = _Kept(fits, single, History(policy.order + 1))
-        if not keeps:
+        if not keeps and not request.static:
             self._state[key] = kept._replace(history=History(policy.order + 1))
         elif part.residual is None:
             kept.history.put(request.step, _one(tensors))

@@ -95,6 +95,8 @@ def _unread(request: Request, policy: Policy) -> bool:
         return False
     step, steps = request.step, request.steps
     last = steps is not None and step + 1 >= steps
+    if request.static:  # memory is not given back
+        return False
     return policy.full(step, steps) and (last or policy.full(step + 1, steps))
 
 

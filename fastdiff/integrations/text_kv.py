@@ -27,7 +27,11 @@ def project(module: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """``to_k(context)`` and ``to_v(context)``, ``[B, T, H*D]`` each, not to be written to."""
     layers = module.to_k, module.to_v
     request = current()
-    if request is None or not all(readable(layer, nn.Linear, context) for layer in layers):
+    if (
+        request is None
+        or request.static
+        or not all(readable(layer, nn.Linear, context) for layer in layers)
+    ):
         return module.to_k(context), module.to_v(context)
     weights = [w for layer in layers for w in (layer.weight, layer.bias) if w is not None]
     base = context if context._base is None else context._base
