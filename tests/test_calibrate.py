@@ -6,8 +6,15 @@ import torch
 import fastdiff
 from fastdiff import models
 from fastdiff.accelerate import acceleration_of
-from fastdiff.cache import AccumulatedDistance, DeepCache, FirstBlock, Forecast, MagnitudeRatio
-from fastdiff.calibrate import frozen, magnitude_ratios
+from fastdiff.cache import (
+    AccumulatedDistance,
+    Broadcast,
+    DeepCache,
+    FirstBlock,
+    Forecast,
+    MagnitudeRatio,
+)
+from fastdiff.calibrate import frozen, magnitude_ratios, module_schedules
 from fastdiff.testing import draw_weights
 
 
@@ -77,10 +84,55 @@ def test_frozen_decisions_are_the_rules_of_one_sample(make, rule):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("most", (1, 3))
+def test_module_schedules_follow_the_changes_of_outputs(most):
+    model, outs = dit(), []
+    plain = model.attend
+
+    def attend(block, h):
+        outs.append(plain(block, h))
+        return outs[-1]
+
+    model.attend = attend
+    draw(model)
+    del model.attend
+    outs = torch.stack(outs).unflatten(0, (12, 3))  # [steps, blocks, B, N, D]
+
+    def change(t, s):
+        size = outs[s].abs().sum((-2, -1))
+        return ((outs[s] - outs[t]).abs().sum((-2, -1)) / size).mean().item()
+
+    threshold = 1.5 * sum(change(s - 1, s) for s in range(1, 12)) / 11
+    want = [0]
+    for s in range(1, 12):
+        if s - want[-1] > most or change(want[-1], s) >= threshold:
+            want.append(s)
+    policy = module_schedules(model, lambda: draw(model), threshold, most)
+    assert policy.self_attention == tuple(want) and 2 < len(want) < 12
+    assert policy.cross_attention == policy.temporal_attention == 1
+    with fastdiff.accelerated(model, cache=policy, exact=False):
+        assert draw(model).isfinite().all()
+        events = [e for e in acceleration_of(model).last.trace if e.part == "self-attention"]
+    assert [e.step for e in events if all(e.computed)] == want
+    assert module_schedules(model, lambda: draw(model), 0).neutral
+    assert acceleration_of(model) is None
+    network = unet()
+    policy = module_schedules(network, lambda: draw(network), 1e9)
+    assert policy == Broadcast((0, 4, 8), (0, 4, 8), (0, 4, 8), 0, 1, temporal_attention=1)
+
+
 def test_bad_input():
     model = dit()
     with pytest.raises(ValueError, match="share is 0"):
         frozen(model, FirstBlock(), lambda: draw(model), share=0)
     with pytest.raises(ValueError, match="made no run of target"):
         magnitude_ratios(model, lambda: None)
+    with pytest.raises(ValueError, match="made no run of target"):
+        module_schedules(model, lambda: None)
+    for settings, need in ((dict(most=5), "most is 5, need"), (dict(threshold=-1), "is -1, need")):
+        with pytest.raises(ValueError, match=need):
+            module_schedules(model, lambda: draw(model), **settings)
+    with pytest.raises(ValueError, match="known here are none"):
+        module_schedules(torch.nn.Linear(2, 2), lambda: None)
     assert acceleration_of(model) is None

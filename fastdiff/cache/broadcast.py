@@ -11,9 +11,10 @@ last output is broadcast to the steps that follow; or, with ``order`` > 0, conti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdiff.cache._check import extrapolation, number, whole
+from fastdiff.cache._check import extrapolation, number, step_list, whole
 
 KINDS = ("self_attention", "cross_attention", "feed_forward", "temporal_attention")
 
@@ -22,7 +23,9 @@ KINDS = ("self_attention", "cross_attention", "feed_forward", "temporal_attentio
 class Broadcast:
     """Every how many steps each kind of module is computed, and in which part of a run.
 
-    Step s of a run computes a kind where n divides s, or s lies outside [start, stop).
+    Step s of a run computes a kind where n divides s, or s lies outside [start, stop). In the place
+    of any n stand the computed steps themselves, ascending from 0, for runs of one length:
+    :func:`fastdiff.calibrate.module_schedules` finds them.
 
     Args:
         self_attention: n of attention within the picture, joint attention with text included;
@@ -42,18 +45,22 @@ class Broadcast:
         ValueError: an argument does not fit.
     """
 
-    self_attention: int = 2
-    cross_attention: int = 3
-    feed_forward: int = 1
+    self_attention: int | Sequence[int] = 2
+    cross_attention: int | Sequence[int] = 3
+    feed_forward: int | Sequence[int] = 1
     start: float = 0.1
     stop: float = 0.9
     order: int = 0
     method: str = "lagrange"
-    temporal_attention: int = 2
+    temporal_attention: int | Sequence[int] = 2
 
     def __post_init__(self) -> None:
         for kind in KINDS:
-            whole("Broadcast", kind, getattr(self, kind), 1)
+            n = getattr(self, kind)
+            if isinstance(n, Sequence) and not isinstance(n, str):
+                object.__setattr__(self, kind, step_list("Broadcast", kind, n))
+            else:
+                whole("Broadcast", kind, n, 1)
         number("Broadcast", "start", self.start, 0, 1, "a share of the steps, 0 to 1")
         need = f"a share of the steps, from start {self.start} to 1"
         number("Broadcast", "stop", self.stop, self.start, 1, need)
@@ -62,12 +69,11 @@ class Broadcast:
     @property
     def neutral(self) -> bool:
         """It computes everything."""
-        return all(self.every(kind) == 1 for kind in KINDS)
+        return not any(self.skips(kind) for kind in KINDS)
 
-    def every(self, kind: str) -> int:
-        """n of a kind of ``KINDS``."""
-        n: int = getattr(self, kind)
-        return n
+    def skips(self, kind: str) -> bool:
+        """Modules of a kind of ``KINDS`` are not always computed."""
+        return getattr(self, kind) != 1
 
     def computes(self, kind: str, step: int, steps: int | None) -> bool:
         """Step ``step`` of ``steps``, from 0, computes the modules of ``kind``.
@@ -75,8 +81,7 @@ class Broadcast:
         Raises:
             ValueError: ``start`` or ``stop`` cuts the run, and ``steps`` is not known.
         """
-        every = self.every(kind)
-        if every == 1:
+        if not self.skips(kind):
             return True
         inside = True
         if (self.start, self.stop) != (0, 1):
@@ -89,7 +94,8 @@ class Broadcast:
             # 1e-9: a share such as 0.07 of 100 steps is to be step 7, though it rounds above.
             first, end = (math.ceil(share * steps - 1e-9) for share in (self.start, self.stop))
             inside = first <= step < end
-        return not inside or step % every == 0
+        n = getattr(self, kind)
+        return not inside or (step in n if isinstance(n, tuple) else step % n == 0)
 
     def kept(self, kind: str, step: int, steps: int | None) -> bool:
         """Some later step will read what ``step`` computes."""
@@ -105,4 +111,4 @@ class Broadcast:
         """Outputs that a module of ``kind`` holds at a time, at the most."""
         if steps is not None and all(self.computes(kind, s, steps) for s in range(steps)):
             return 0
-        return self.order + 1 if self.every(kind) > 1 else 0
+        return self.order + 1 if self.skips(kind) else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -104,9 +105,9 @@ class Call:
             size = sum(t.numel() * t.element_size() for t in tensors)
             most = policy.most(part.kind, request.steps)
             request.claim((*self._slot, key), size * most)
-            kept = self._state[key] = _Kept(fits, single, History(policy.order + 1))
+            kept = self._state[key] = _Kept(fits, single, self._history(part.kind))
         if not keeps and not request.static:
-            self._state[key] = kept._replace(history=History(policy.order + 1))
+            self._state[key] = kept._replace(history=self._history(part.kind))
         elif part.residual is None:
             kept.history.put(request.step, _one(tensors))
         else:
@@ -123,6 +124,10 @@ class Call:
         if several == 1:
             found = tuple(t.clone() for t in found)
         return found[0] if kept.single else found
+
+    def _history(self, kind: str) -> History:
+        observe = getattr(self._policy, "observe", None)
+        return History(self._policy.order + 1, observe and partial(observe, kind))
 
     def _note(self, kind: str, how: str) -> None:
         self._how.setdefault(kind, Counter())[how] += 1
@@ -183,6 +188,6 @@ def drive(network: nn.Module, policy: Broadcast, patch: Patch) -> None:
 def modules(network: nn.Module, parts: Sequence[Part], policy: Broadcast, patch: Patch) -> None:
     """Run ``policy`` on those ``parts`` of a network that it does not always compute."""
     for i, part in enumerate(parts):
-        if policy.every(part.kind) > 1:
+        if policy.skips(part.kind):
             patch.set(part.module, "forward", wrapped(part, i, part.module.forward))
     drive(network, policy, patch)

@@ -97,7 +97,7 @@ def _dit(network: DiT, policy: Broadcast, patch: Patch) -> list[Part]:
             out: Tensor = runs[block](h)
             return out
 
-        if policy.every(kind) > 1:
+        if policy.skips(kind):
             patch.set(network, name, half)
     drive(network, policy, patch)
     return parts
@@ -115,7 +115,7 @@ def reuse(network: nn.Module, policy: Broadcast, patch: Patch) -> list[str]:
         parts = view(network)
         modules(network, parts, policy, patch)
     counts = {kind: sum(part.kind == kind for part in parts) for kind in KINDS}
-    skipped = [kind for kind in KINDS if policy.every(kind) > 1]
+    skipped = [kind for kind in KINDS if policy.skips(kind)]
     if not parts or (skipped and not any(counts[kind] for kind in skipped)):
         found = ", ".join(f"{n} of {kind}" for kind, n in counts.items() if n) or "none"
         raise ValueError(
@@ -123,8 +123,7 @@ def reuse(network: nn.Module, policy: Broadcast, patch: Patch) -> list[str]:
             f"are known here are {found}"
         )
     return [
-        f"{policy}: {counts[kind]} modules of {kind.replace('_', '-')}, computed every "
-        f"{policy.every(kind)} steps"
+        f"{policy}: {counts[kind]} modules of {kind.replace('_', '-')} are computed or reused"
         for kind in skipped
         if counts[kind] or kind != _TIME
     ] or [f"{policy}: everything is computed"]

@@ -82,6 +82,9 @@ def test_schedule():
     policy = Broadcast(1, 7, 1, start=0.07, stop=0.57)  # products that round above and below
     assert [s for s in (6, 7, 8, 56, 57) if not policy.computes(KINDS[1], s, 100)] == [8]
     assert not Broadcast(2, start=0, stop=1).computes(KINDS[0], 1, None)
+    policy = Broadcast([0, 1, 4], 1, 1, 0, 0.8)
+    assert [s for s in range(10) if policy.computes(KINDS[0], s, 10)] == [0, 1, 4, 8, 9]
+    assert [policy.skips(kind) for kind in KINDS] == [True, False, False, True]
     assert Broadcast(4, start=0, stop=1, order=2).kept(KINDS[0], 0, None)
     assert Broadcast(3, 1, 1, 0.5, 0.9, order=1).kept(KINDS[0], 3, 10)
     assert not Broadcast(3, 1, 1, 0.5, 0.9, order=1).kept(KINDS[0], 2, 10)
@@ -91,7 +94,8 @@ def test_bad_settings():
     for settings in (
         dict(self_attention=0), dict(cross_attention=2.5), dict(feed_forward=True),
         dict(start=-0.1), dict(start=0.8, stop=0.5), dict(stop=1.1), dict(order=5),
-        dict(order=-1), dict(start=float("nan")), dict(stop="end"),
+        dict(order=-1), dict(start=float("nan")), dict(stop="end"), dict(self_attention=[1, 2]),
+        dict(self_attention="often"), dict(method="magic"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"Broadcast: {list(settings)[-1]} is .*need"):
             Broadcast(**settings)
@@ -496,5 +500,5 @@ def test_what_it_cannot_run_on_is_said_and_nothing_is_changed():
     with pytest.raises(ValueError, match="modules of Linear that are known here are none"):
         fastdiff.accelerate(nn.Linear(2, 2), cache=Broadcast())
     text = fastdiff.summary(fastdiff.accelerate(model, cache=Broadcast()))
-    assert "3 modules of self-attention, computed every 2 steps" in text
+    assert "3 modules of self-attention are computed or reused" in text
     assert "0 modules of cross-attention" in text

@@ -2,13 +2,15 @@
 
 import pytest
 
-from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock, Forecast
+from fastdiff.cache import Broadcast, DeepCache, EncoderPropagation, FirstBlock, Forecast
 from fastdiff.cache.parse import parse
 
 
 @pytest.mark.parametrize(
     "text, policy",
     [
+        ("broadcast:4", Broadcast(4)),
+        ("broadcast:0+1+4,feed_forward=2,order=1", Broadcast([0, 1, 4], 3, 2, order=1)),
         ("deepcache", DeepCache()),
         ("deepcache:5", DeepCache(5)),
         ("deepcache:5,branch=2,schedule=quad,center=4,power=1.4", DeepCache(5, 2, "quad", 4, 1.4)),
