@@ -61,6 +61,7 @@ def test_sample_compares_both_models_as_json(capsys, tmp_path):
         ("unet-digits", "deepcache:3", 6),
         ("unet-digits", "encoder:4,parallel=3", 7),
         ("dit-digits", "taylor:3", 6),
+        ("dit-digits", "broadcast:2", 4),
         ("dit-digits", "firstblock:0.3", None),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 import fastdiff
 from fastdiff import models, report, tune
-from fastdiff.cache import DeepCache, FirstBlock, Forecast
+from fastdiff.cache import Broadcast, DeepCache, FirstBlock, Forecast
 from fastdiff.tune import Quality, Report, Row
 
 
@@ -92,7 +92,12 @@ def test_a_file_that_is_no_report(tmp_path):
 
 
 def test_policies_as_json():
-    for policy in (DeepCache(5, branch=2), FirstBlock(0.3), Forecast(4, order=2)):
+    for policy in (
+        Broadcast([0, 2], order=1),
+        DeepCache(5, branch=2),
+        FirstBlock(0.3),
+        Forecast(4, order=2),
+    ):
         assert tune.policy_from(tune.policy_dict(policy)) == policy
     assert tune.describe(DeepCache(5, branch=2)) == "DeepCache(interval=5, branch=2)"
     with pytest.raises(ValueError, match="policy is 'Nothing', need one of"):

@@ -57,9 +57,12 @@ def _one(streams: Streams) -> Streams:
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Samples of a network's call: rows of the tensor with most dimensions, which is the input."""
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    return max(tensors, key=Tensor.dim).shape[0]
+    """Samples of a network's call: rows of the tensor with most dimensions, which is the input; or
+    the length of a list of inputs."""
+    given = (*args, *kwargs.values())
+    if isinstance(given[0], list):
+        return len(given[0])
+    return max((v for v in given if isinstance(v, Tensor)), key=Tensor.dim).shape[0]
 
 
 class Call:

@@ -26,13 +26,18 @@ _TWO = {"attn": _SELF, "ff": _FEED, "ff_context": _FEED}  # picture and prompt a
 _TWO_1 = {"attn1": _SELF, "ff": _FEED, "ff_context": _FEED}
 _JOINED = {"attn": _SELF, "proj_mlp": _FEED}  # the MLP's second half is one with the attention's
 
+_WAN = {"attn1": _SELF, "attn2": _CROSS, "ffn": _FEED}
+
 # What blocks are made of, by attribute. A block may lack one, or have None there.
 BLOCKS: dict[str, dict[str, str]] = {
     "fastdiff.models.unet._TransformerBlock": _ONE,
     _DIFFUSERS + "attention.BasicTransformerBlock": _BASIC,
     _DIFFUSERS + "attention.TemporalBasicTransformerBlock": {**_BASIC, "ff_in": _FEED},
     _DIFFUSERS + "attention.JointTransformerBlock": {**_TWO, "attn2": _SELF},
+    _TRANSFORMERS + "auraflow_transformer_2d.AuraFlowJointTransformerBlock": _TWO,
+    _TRANSFORMERS + "auraflow_transformer_2d.AuraFlowSingleTransformerBlock": _TWO,
     _TRANSFORMERS + "cogvideox_transformer_3d.CogVideoXBlock": _TWO_1,
+    _TRANSFORMERS + "hunyuan_transformer_2d.HunyuanDiTBlock": _ONE,
     _TRANSFORMERS + "sana_transformer.SanaTransformerBlock": _ONE,
     _TRANSFORMERS + "transformer_allegro.AllegroTransformerBlock": _ONE,
     _TRANSFORMERS + "transformer_chroma.ChromaTransformerBlock": _TWO,
@@ -40,15 +45,22 @@ BLOCKS: dict[str, dict[str, str]] = {
     _TRANSFORMERS + "transformer_cogview4.CogView4TransformerBlock": _TWO_1,
     _TRANSFORMERS + "transformer_flux.FluxTransformerBlock": _TWO,
     _TRANSFORMERS + "transformer_flux.FluxSingleTransformerBlock": _JOINED,
+    _TRANSFORMERS + "transformer_flux2.Flux2TransformerBlock": _TWO,
+    _TRANSFORMERS + "transformer_flux2.Flux2SingleTransformerBlock": {"attn": _SELF},  # and MLP
     _TRANSFORMERS + "transformer_hunyuan_video.HunyuanVideoTransformerBlock": _TWO,
     _TRANSFORMERS + "transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": _JOINED,
     _TRANSFORMERS + "transformer_ltx.LTXVideoTransformerBlock": _ONE,
+    _TRANSFORMERS + "transformer_lumina2.Lumina2TransformerBlock": {
+        "attn": _SELF, "feed_forward": _FEED,
+    },
     _TRANSFORMERS + "transformer_mochi.MochiTransformerBlock": _TWO_1,
     _TRANSFORMERS + "transformer_qwenimage.QwenImageTransformerBlock": {
         "attn": _SELF, "img_mlp": _FEED, "txt_mlp": _FEED,
     },
-    _TRANSFORMERS + "transformer_wan.WanTransformerBlock": {
-        "attn1": _SELF, "attn2": _CROSS, "ffn": _FEED,
+    _TRANSFORMERS + "transformer_wan.WanTransformerBlock": _WAN,
+    _TRANSFORMERS + "transformer_wan_vace.WanVACETransformerBlock": _WAN,
+    _TRANSFORMERS + "transformer_z_image.ZImageTransformerBlock": {
+        "attention": _SELF, "feed_forward": _FEED,
     },
 }  # fmt: skip
 # Stages of a UNet2DModel, whose attention stands between residual blocks and adds its input.

@@ -63,7 +63,8 @@ def run(model, calls):
 
 @torch.no_grad()
 def call(model, args, kwargs):
-    return model(*args, **kwargs, return_dict=False)[0]
+    out = model(*args, **kwargs, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
 
 
 def hows(request, part="self-attention"):
@@ -111,7 +112,9 @@ COUNTS = {  # of self-attention, cross-attention, feed-forward, and temporal att
     "wan": (2, 2, 2), "cogvideox": (2, 0, 2), "latte": (2, 2, 4, 2),
     "animatediff": (4, 4, 11, 14), "svd": (4, 8, 12, 4), "ltx": (2, 2, 2),
     "hunyuan_video": (4, 0, 6), "mochi": (2, 0, 3), "qwen_image": (2, 0, 4), "allegro": (2, 2, 2),
-    "sana": (2, 2, 2), "chroma": (4, 0, 6), "cogview4": (2, 0, 2),
+    "sana": (2, 2, 2), "chroma": (4, 0, 6), "cogview4": (2, 0, 2), "flux2": (4, 0, 4),
+    "lumina2": (4, 0, 4), "aura_flow": (4, 0, 6), "hunyuan_dit": (2, 2, 2), "wan_vace": (3, 3, 3),
+    "z_image": (4, 0, 4),
 }  # fmt: skip
 
 
@@ -334,6 +337,34 @@ def test_a_pipeline_knows_its_steps_and_forgets_its_runs():
     assert (draw(10) == first).all()
     fastdiff.restore(pipe)
     assert (draw(10) == plain).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_reuses_the_same_bits(dtype):
+    model, args, kwargs = networks.flux()
+    model, x = model.to(dtype), args[0].to(dtype)
+    kwargs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
+    for order in (0, 1):
+        policy = Broadcast(3, 3, 3, 0, 1, order=order)
+        with fastdiff.accelerated(model, cache=policy), fastdiff.request() as request:
+            first, second = (call(model, (x,), kwargs) for _ in range(2))
+            assert torch.equal(first, second) and first.dtype == dtype
+            assert all(t.dtype == dtype for kept in request.state.values() for k in kept.values()
+                       for values in k.history.values for t in values)  # fmt: skip
+
+
+def test_a_guidance_interval_changes_the_rows_and_keeps_anew():
+    model = fastdiff.accelerate(dit(), cache=Broadcast(4, 1, 4, 0, 1), exact=False)
+    fastdiff.sample(
+        model, (2, 4, 8, 8), steps=12, guidance=2.0, guidance_interval=(300.0, 700.0),
+        classes=torch.tensor([1, 3]),
+    )  # fmt: skip
+    events = [e for e in acceleration_of(model).last.trace if e.part == NAMES[0]]
+    rows = [len(e.computed) for e in events]
+    assert set(rows) == {2, 4}
+    for step, (now, before) in enumerate(zip(rows[1:], rows, strict=False), 1):
+        assert all(events[step].computed) == (now != before or step % 4 == 0)
 
 
 @torch.no_grad()

@@ -152,7 +152,80 @@ def cogview4():
     return draw_weights(model), (draw(2, 4, 8, 8),), kwargs
 
 
+def flux2():
+    model = diffusers.Flux2Transformer2DModel(
+        **HEADS, in_channels=4, num_layers=2, num_single_layers=2, joint_attention_dim=24,
+        timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    grid = torch.cartesian_prod(*(torch.arange(n) for n in (1.0, 3.0, 5.0, 1.0)))
+    kwargs = {
+        "encoder_hidden_states": draw(2, 7, 24, seed=2), "timestep": torch.tensor([0.1, 0.9]),
+        "img_ids": grid, "txt_ids": torch.zeros(7, 4), "guidance": torch.tensor([3.5, 2.0]),
+    }  # fmt: skip
+    return draw_weights(model), (draw(2, 15, 4),), kwargs
+
+
+def lumina2():
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 8),
+        axes_lens=(20, 20, 20), cap_feat_dim=24,
+    )  # fmt: skip
+    kwargs = {
+        "encoder_hidden_states": draw(2, 7, 24, seed=2), "timestep": torch.tensor([0.1, 0.9]),
+        "encoder_attention_mask": torch.ones(2, 7, dtype=torch.bool),
+    }  # fmt: skip
+    return draw_weights(model), (draw(2, 4, 8, 8),), kwargs
+
+
+def aura_flow():
+    model = diffusers.AuraFlowTransformer2DModel(
+        **HEADS, sample_size=8, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=24,
+        caption_projection_dim=32, pos_embed_max_size=32,
+    )  # fmt: skip
+    kwargs = {"encoder_hidden_states": draw(2, 7, 24, seed=2), "timestep": torch.tensor([0.1, 0.9])}
+    return draw_weights(model), (draw(2, 4, 8, 8),), kwargs
+
+
+def hunyuan_dit():
+    model = diffusers.HunyuanDiT2DModel(
+        **HEADS, in_channels=4, patch_size=2, sample_size=8, hidden_size=32, num_layers=2,
+        cross_attention_dim=24, cross_attention_dim_t5=24, pooled_projection_dim=16, text_len=3,
+        text_len_t5=4, use_style_cond_and_image_meta_size=False,
+    )  # fmt: skip
+    kwargs = {
+        "timestep": T.float(), "encoder_hidden_states": draw(2, 3, 24, seed=2),
+        "text_embedding_mask": torch.ones(2, 3), "text_embedding_mask_t5": torch.ones(2, 4),
+        "encoder_hidden_states_t5": draw(2, 4, 24, seed=3),
+        "image_rotary_emb": list(draw(2, 16, 16, seed=4)),
+    }  # fmt: skip
+    return draw_weights(model), (draw(2, 4, 8, 8),), kwargs
+
+
+def wan_vace():
+    model = diffusers.WanVACETransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        out_channels=4, text_dim=24, freq_dim=16, ffn_dim=48, num_layers=2, vace_layers=[0],
+        vace_in_channels=8,
+    )  # fmt: skip
+    kwargs = {
+        "timestep": T, "encoder_hidden_states": draw(2, 7, 24, seed=2),
+        "control_hidden_states": draw(2, 8, 2, 8, 12, seed=3),
+    }  # fmt: skip
+    return draw_weights(model), (draw(2, 4, 2, 8, 12),), kwargs
+
+
+def z_image():
+    model = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=24, axes_dims=[4, 4, 8], axes_lens=[64, 16, 16],
+    )  # fmt: skip
+    return draw_weights(model), (
+        list(draw(2, 4, 1, 8, 8)), torch.tensor([0.1, 0.9]), list(draw(2, 7, 24, seed=2)),
+    ), {}  # fmt: skip
+
+
 NETWORKS = (
     cogvideox, latte, animatediff, svd, ltx, hunyuan_video, mochi, qwen_image, allegro, sana,
-    chroma, cogview4,
+    chroma, cogview4, flux2, lumina2, aura_flow, hunyuan_dit, wan_vace, z_image,
 )  # fmt: skip
