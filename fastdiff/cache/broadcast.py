@@ -97,6 +97,10 @@ class Broadcast:
         n = getattr(self, kind)
         return not inside or (step in n if isinstance(n, tuple) else step % n == 0)
 
+    def full(self, step: int, steps: int | None) -> bool:
+        """Step ``step`` of ``steps``, from 0, computes all modules."""
+        return all(self.computes(kind, step, steps) for kind in KINDS)
+
     def kept(self, kind: str, step: int, steps: int | None) -> bool:
         """Some later step will read what ``step`` computes."""
         computed, later = 0, step + 1

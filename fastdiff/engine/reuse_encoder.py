@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.cache.faster_diffusion import EncoderPropagation
-from fastdiff.engine.off import why_off
+from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
-from fastdiff.engine.reuse_unet import nothing, warn_of_few
+from fastdiff.engine.reuse_unet import nothing
 from fastdiff.engine.view import Join, Stage, UNetView
 
 _Args = tuple[Any, ...]

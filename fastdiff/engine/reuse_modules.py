@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdiff.cache.broadcast import Broadcast
 from fastdiff.engine.history import History, Streams
-from fastdiff.engine.off import why_off
+from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
 
@@ -175,6 +175,7 @@ def drive(network: nn.Module, policy: Broadcast, patch: Patch) -> None:
                 )
                 request.state.pop((request.slot, "modules"), None)
             else:
+                warn_of_few(request, policy)
                 call = Call(request, policy, _batch(args, kwargs))
         token = _call.set(call)
         try:

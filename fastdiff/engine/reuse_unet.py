@@ -8,7 +8,6 @@ below the join see these alone.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -21,25 +20,15 @@ from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Decision, Kept, decide
-from fastdiff.engine.off import why_off
+from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import Join, Stage, UNetView
 
-FEW = 8  # steps of a distilled model: neighbours differ too much for a cache to be of use
-
 Policy = AccumulatedDistance | DeepCache | FirstBlock | Forecast | MagnitudeRatio
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
-
-
-def warn_of_few(request: Request, policy: Any) -> None:
-    """At the first step of a run with few steps."""
-    step, steps = request.step, request.steps
-    if step == 0 and steps is not None and steps <= FEW and not policy.full(1, steps):
-        name = type(policy).__name__
-        warnings.warn(f"{name}: a run of {steps} steps gains little and loses much", stacklevel=5)
 
 
 def nothing(args: _Args, kwargs: _Kwargs) -> Tensor:

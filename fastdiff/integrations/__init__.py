@@ -62,7 +62,7 @@ def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str
             raise ValueError(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
-    if ordered and isinstance(ordered[0], Broadcast):
+    if ordered and isinstance(ordered[0], Broadcast) and not ordered[0].neutral:
         _with_modules(ordered[1:])
     return [part for policy in ordered for part in _reuse(network, policy, patch)]
 
@@ -70,11 +70,16 @@ def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str
 def _with_modules(policies: Sequence[Any]) -> None:
     """Refuse what hands batches of changing samples to modules that keep their outputs."""
     for policy in policies:
-        why = "" if isinstance(policy, _SCHEDULED) else "takes single samples out of the batch"
+        why = "takes single samples out of the batch"
+        if isinstance(policy, _SCHEDULED) or policy.neutral:
+            why = ""
         if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
             why = "decodes several steps in one batch"
         if why:
-            raise ValueError(f"accelerate: cache has {policy!r}, which {why}, next to Broadcast")
+            raise ValueError(
+                f"accelerate: cache has {policy!r}, which {why}, next to Broadcast; need a policy "
+                "with a schedule there, such as Forecast"
+            )
 
 
 def _reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:

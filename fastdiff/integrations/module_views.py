@@ -132,7 +132,7 @@ def reuse(network: nn.Module, policy: Broadcast, patch: Patch) -> list[str]:
         found = ", ".join(f"{n} of {kind}" for kind, n in counts.items() if n) or "none"
         raise ValueError(
             f"accelerate: cache is {policy!r}, but the modules of {type(network).__name__} that "
-            f"are known here are {found}"
+            f"are known here are {found}; need some of {' or '.join(skipped or KINDS)}"
         )
     return [
         f"{policy}: {counts[kind]} modules of {kind.replace('_', '-')} are computed or reused"

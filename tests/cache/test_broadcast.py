@@ -516,11 +516,19 @@ def test_next_to_other_policies():
     model = unet()
     with fastdiff.accelerated(model, cache=[Broadcast(2, 2, 2, 0, 1), DeepCache(3)]):
         run(model, [*calls, *calls])
+    for pair in ([FirstBlock(0), Broadcast(2)], [FirstBlock(0.1), ALWAYS]):
+        fastdiff.restore(fastdiff.accelerate(model, cache=pair))
     for other in (FirstBlock(0.1), EncoderPropagation(2, parallel=2)):
         with pytest.raises(ValueError, match="next to Broadcast"):
             fastdiff.accelerate(model, cache=[other, Broadcast()])
     with pytest.raises(ValueError, match="which skip the same"):
         fastdiff.accelerate(model, cache=[Broadcast(3), Broadcast()])
+
+
+def test_few_steps_are_warned_of():
+    model = fastdiff.accelerate(dit(), cache=Broadcast())
+    with pytest.warns(UserWarning, match="Broadcast: a run of 4 steps gains little"):
+        run(model, [inputs(1, s) for s in range(4)])
 
 
 def test_what_it_cannot_run_on_is_said_and_nothing_is_changed():
