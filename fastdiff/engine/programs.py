@@ -161,7 +161,7 @@ class Programs(nn.Module):
         make: ``make(step, inputs, pool=, share=)`` gives a runner.
 
     Raises:
-        ValueError: a policy decides from features, or keeps what has no fixed memory.
+        ValueError: a policy decides from features, or decodes several steps at once.
     """
 
     def __init__(
@@ -174,10 +174,10 @@ class Programs(nn.Module):
                     f"Programs: cache is {policy!r}, which decides from features and waits for "
                     "them; need a schedule, such as fastdiff.calibrate.frozen makes of it"
                 )
-            if isinstance(policy, EncoderPropagation):
+            if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
                 raise ValueError(
-                    f"Programs: cache is {policy!r}, whose memory is not at fixed addresses; need "
-                    "another policy"
+                    f"Programs: cache is {policy!r}, which decodes several steps at once; need "
+                    "parallel 1"
                 )
         self.network, self._policies, self._make = network, list(policies), make
         self._slots: dict[Hashable, Slot] = {}

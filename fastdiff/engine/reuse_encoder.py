@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.cache.faster_diffusion import EncoderPropagation
+from fastdiff.engine.history import History
 from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
@@ -25,22 +26,42 @@ _Kwargs = dict[str, Any]
 _Run = Callable[..., Any]
 
 
-class Kept(NamedTuple):
-    """What a slot keeps between steps; ``fits`` is the shape, dtype and device it belongs to."""
+class Kept:
+    """What a slot keeps between steps.
 
-    fits: Hashable
-    tensors: dict[Hashable, Any]
+    Attributes:
+        fits: the shape, dtype and device that it belongs to.
+        stages: what the way down gave each stage of the way up, by place.
+        sizes: that each of them grows to.
+        waiting: outputs of steps to come, by step.
+    """
+
+    def __init__(self, fits: Hashable) -> None:
+        self.fits = fits
+        self.stages: dict[int, History] = {}
+        self.sizes: dict[int, Any] = {}
+        self.waiting: dict[int, Tensor] = {}
 
 
 class Call(NamedTuple):
-    """One model call that stores into ``tensors`` or, where ``reuse``, reads them.
+    """One model call that stores or, where ``reuse``, reads what is kept.
 
     ``rows`` times the rows of what was stored: as many steps are decoded at once.
     """
 
     reuse: bool
-    tensors: dict[Hashable, Any]
+    kept: Kept
+    request: Request
     rows: int = 1
+
+    def store(self, place: int, streams: tuple[Tensor, ...], size: Any) -> None:
+        """Copies of ``streams`` for the stage at ``place``."""
+        if place not in self.kept.stages:
+            key = (self.request.slot, "unet", place)
+            self.request.claim(key, sum(s.numel() * s.element_size() for s in streams))
+            self.kept.stages[place] = History(1)
+        self.kept.stages[place].put(self.request.step, streams)
+        self.kept.sizes[place] = size
 
 
 _Reuse = Callable[[_Run, Call, Request, _Args, _Kwargs], Any]
@@ -63,17 +84,19 @@ def _plan(request: Request, policy: EncoderPropagation, x: Tensor) -> Call | Non
     key = (request.slot, "unet")
     fits = (x.shape, x.dtype, x.device)
     kept = request.state.get(key)
-    if kept is not None and kept.fits != fits:
+    if kept is not None and kept.fits != fits and not request.static:
         del request.state[key]
         kept = None
-    if kept is not None and not policy.full(step, steps):
-        return Call(True, kept.tensors)
+    started = kept is not None and any(h.order for h in kept.stages.values())
+    if kept is not None and started and not policy.full(step, steps):
+        return Call(True, kept, request)
     last = steps is not None and step + 1 >= steps
-    if last or policy.full(step + 1, steps):  # nobody will read it
+    if (last or policy.full(step + 1, steps)) and not request.static:  # nobody will read it
         request.state.pop(key, None)
         return None
-    request.state[key] = Kept(fits, {})
-    return Call(False, request.state[key].tensors)
+    if kept is None:
+        kept = request.state[key] = Kept(fits)
+    return Call(False, kept, request)
 
 
 def _alone(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
@@ -148,13 +171,13 @@ def _decode(stage: Stage, place: int, patch: Patch) -> None:
             return plain(*args, **kwargs)
         join = stage.read(args, kwargs)
         if not call.reuse:
-            hidden = join.hidden.clone() if place == 0 else None
-            call.tensors[place] = (hidden, tuple(s.clone() for s in join.skips), join.size)
+            first = (join.hidden,) if place == 0 else ()  # the others get their own step's
+            call.store(place, (*first, *join.skips), join.size)
             return plain(*args, **kwargs)
-        hidden, skips, size = call.tensors[place]
-        hidden = join.hidden if hidden is None else _repeat(hidden, call.rows)
-        skips = tuple(_repeat(s, call.rows) for s in skips)
-        args, kwargs = stage.write(args, kwargs, Join(hidden, skips, size))
+        (kept,) = call.kept.stages[place].values
+        streams = tuple(_repeat(s, call.rows) for s in kept)
+        hidden, skips = (join.hidden, streams) if place else (streams[0], streams[1:])
+        args, kwargs = stage.write(args, kwargs, Join(hidden, skips, call.kept.sizes[place]))
         return plain(*args, **kwargs)
 
     patch.set(stage.module, "forward", forward)
@@ -165,7 +188,7 @@ def _several(view: UNetView, policy: EncoderPropagation) -> _Reuse:
 
     def reuse(run: _Run, call: Call, request: Request, args: _Args, kwargs: _Kwargs) -> Any:
         step, steps = request.step, request.steps
-        waiting = call.tensors.setdefault("waiting", {})
+        waiting = call.kept.waiting
         if step in waiting:
             return waiting.pop(step)
         if request.times is None or steps is None or view.at_times is None:

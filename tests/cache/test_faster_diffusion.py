@@ -225,8 +225,8 @@ def test_what_is_kept_is_the_features():
     def look(pipe, i, t, values):
         state = fastdiff.engine.request.current().state
         (kept,) = (v for k, v in state.items() if k[-1] == "unet")
-        hidden = [h for h, _, _ in kept.tensors.values() if h is not None]
-        skips = [s for _, group, _ in kept.tensors.values() for s in group]
+        (first, *others) = (history.values[0] for history in kept.stages.values())
+        hidden, skips = [first[0]], [*first[1:], *(s for group in others for s in group)]
         seen.append((len(skips), sum(t.nbytes for t in hidden + skips)))
         return {}
 

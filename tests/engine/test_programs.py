@@ -77,6 +77,7 @@ CASES = [
         [],
     )
 ]
+CASES.append((unet, [EncoderPropagation(3)]))
 every = pytest.mark.parametrize(
     "make, policies", CASES, ids=lambda v: getattr(v, "__name__", str(v))
 )
@@ -93,7 +94,7 @@ def test_programs_give_the_bits_of_the_network_and_of_each_other(make, policies)
         assert 1 <= programs.kinds <= 12
 
 
-@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11]], ids=str)
+@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], CASES[14]], ids=str)
 def test_every_program_can_be_captured(make, policies):
     model = fastdiff.accelerate(make(), cache=policies)
     programs = fastdiff.programs(model)
@@ -145,7 +146,7 @@ def test_what_cannot_be_captured_is_refused():
         model = fastdiff.accelerate(dit(), cache=policy)
         with pytest.raises(ValueError, match="decides from features"):
             fastdiff.programs(model)
-    with pytest.raises(ValueError, match="not at fixed addresses"):
-        fastdiff.programs(fastdiff.accelerate(unet(), cache=EncoderPropagation(3)))
+    with pytest.raises(ValueError, match="need parallel 1"):
+        fastdiff.programs(fastdiff.accelerate(unet(), cache=EncoderPropagation(3, parallel=2)))
     with pytest.raises(ValueError, match="which is not accelerated"):
         fastdiff.programs(dit())
