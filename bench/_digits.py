@@ -86,7 +86,7 @@ class Adapter(nn.Module):
         self.num_classes, self.prediction = ours.num_classes, ours.prediction
         self._tokens = None
         if isinstance(ours, models.UNet):
-            table = ours.class_tokens.weight
+            table = ours.class_tokens.weight.detach()
             self._tokens = table.view(len(table), -1, ours.config["cross_attention_dim"])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 ``--compile``) compiled.
 
 Configurations of 12-30 M parameters, float32, batch 1, with seeded random weights: 32x32 latents
-(256 tokens with patch 2) and 77 text tokens where the network reads text.
+(256 tokens with patch 2) and 77 text tokens where the network reads text. The shipped networks as
+diffusers' classes with their trained weights, at batch 8.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,7 +19,9 @@ from _case import Case
 from torch import nn
 
 import fastdiff
-from fastdiff.testing import draw_weights
+from fastdiff.testing import draw_weights, load_file
+
+digits = load_file(Path(__file__).resolve().parent / "_digits.py")
 
 
 def dit() -> tuple[nn.Module, dict[str, Any]]:
@@ -123,6 +127,11 @@ def call(model: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[], Any]
     return run
 
 
+def run(model: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """One forward of a shipped network."""
+    return torch.no_grad()(lambda: model(**kwargs))
+
+
 def cases() -> list[Case]:
     """One row a network; ``--compile`` adds torch.compile of the plain one."""
     result = []
@@ -133,4 +142,11 @@ def cases() -> list[Case]:
         ours = fastdiff.accelerate(copy.deepcopy(plain))
         arms = {"eager": call(plain, kwargs)}
         result.append(Case(f"{make.__name__} float32", call(ours, kwargs), arms, target=1.0))
+    for name in ("dit-digits", "unet-digits"):
+        adapter = digits.Digits(name, 8).plain
+        kwargs = dict(x=torch.randn(8, 1, 32, 32), t=torch.full((8,), 500.0), y=torch.arange(8))
+        ours = adapter.twin()
+        fastdiff.accelerate(ours.net)
+        arms = {"eager": run(adapter, kwargs)}
+        result.append(Case(f"{name} float32, batch 8", run(ours, kwargs), arms, target=1.0))
     return result

@@ -6,9 +6,12 @@ from fastdiff._native import cpu_level, cpu_levels, set_cpu_level
 from fastdiff._version import __version__
 from fastdiff.accelerate import accelerate, accelerated, programs, request, restore, summary
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
+from fastdiff.engine.view import Block, BlockView
 from fastdiff.sampling import sample
 
 __all__ = [
+    "Block",
+    "BlockView",
     "Impl",
     "NoImpl",
     "__version__",

@@ -15,6 +15,7 @@ from fastdiff.engine.patch import Patch
 from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
+from fastdiff.engine.view import BlockView
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
 _KEY = "_fastdiff"  # where an accelerated object keeps its Acceleration
@@ -130,7 +131,12 @@ def _policies(cache: Any) -> list[Any]:
 
 
 def accelerate(
-    target: Any, *, cache: Any = None, exact: bool = True, cache_bytes: int | None = None
+    target: Any,
+    *,
+    cache: Any = None,
+    exact: bool = True,
+    cache_bytes: int | None = None,
+    view: BlockView | None = None,
 ) -> Any:
     """Make a diffusers pipeline, or a network on its own, faster.
 
@@ -143,6 +149,8 @@ def accelerate(
         exact: attention, norms, activations and residuals run on our operations.
         cache_bytes: what the caches of a run may hold at a time. A run that needs more ends with a
             ValueError in its first model call, before the first step.
+        view: the blocks of a network that fastdiff does not know, for caches of blocks:
+            ``BlockView.of(net.blocks)`` where each is ``block(x, ...) -> x``.
 
     Returns:
         ``target``.
@@ -162,6 +170,11 @@ def accelerate(
     for name, network in networks.items():
         if _KEY in network.__dict__:
             raise ValueError(f"accelerate: {name} is accelerated already, need restore before")
+    if view is not None and len(networks) > 1:
+        raise ValueError(
+            f"accelerate: view is given, but target has {len(networks)} networks, "
+            f"{', '.join(networks)}; need one of them as the target"
+        )
     if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes < 0):
         raise ValueError(f"accelerate: cache_bytes is {cache_bytes!r}, need an integer of bytes")
     policies = _policies(cache)
@@ -178,7 +191,7 @@ def accelerate(
     try:
         for name, network in networks.items():
             parts = integrations.exact(network, patch) if exact else []
-            parts += integrations.reuse(network, policies, patch)
+            parts += integrations.reuse(network, policies, patch, view)
             acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
             _count_calls(network, target, acceleration)
             patch.set(network, _KEY, acceleration)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ class Block(NamedTuple):
     pack: Callable[[Streams], Any]
     unpack: Callable[[Any], Streams]
 
+    @classmethod
+    def of(cls, module: nn.Module, name: str = "hidden_states") -> Block:
+        """A block of one stream, ``block(x, ...) -> x`` or ``block(name=x, ...) -> x``."""
+
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+            return (args[0] if args else kwargs[name],)
+
+        return cls(module, read, lambda streams: streams[0], lambda out: (out,))
+
 
 class BlockView(NamedTuple):
     """A network as a list of residual blocks, all with the same streams ``[B, N, C]``.
@@ -42,6 +51,11 @@ class BlockView(NamedTuple):
     whole: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: False
     off: Callable[[tuple[Any, ...], dict[str, Any]], str] = lambda args, kwargs: ""
     signal: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module], name: str = "hidden_states") -> BlockView:
+        """Blocks of one stream each: :meth:`Block.of`."""
+        return cls([Block.of(module, name) for module in modules])
 
 
 class Join(NamedTuple):

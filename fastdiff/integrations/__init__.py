@@ -24,6 +24,7 @@ from fastdiff.cache import (
 )
 from fastdiff.engine import reuse_encoder, reuse_unet
 from fastdiff.engine.patch import Patch
+from fastdiff.engine.view import BlockView
 from fastdiff.integrations import module_views, unet_views, views
 from fastdiff.integrations.exact_mode import exact
 
@@ -50,8 +51,11 @@ def _kind(policy: Any) -> int:
     raise ValueError(f"accelerate: cache is {policy!r}, need policies of fastdiff.cache")
 
 
-def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str]:
-    """Let ``policies`` skip parts of ``network``; sentences that name them.
+def reuse(
+    network: nn.Module, policies: Sequence[Any], patch: Patch, view: BlockView | None = None
+) -> list[str]:
+    """Let ``policies`` skip parts of ``network``, or of its blocks as ``view`` has them; sentences
+    that name them.
 
     Raises:
         ValueError: a policy cannot run on this class of network, or two of them skip the same.
@@ -64,7 +68,7 @@ def reuse(network: nn.Module, policies: Sequence[Any], patch: Patch) -> list[str
             )
     if ordered and isinstance(ordered[0], Broadcast) and not ordered[0].neutral:
         _with_modules(ordered[1:])
-    return [part for policy in ordered for part in _reuse(network, policy, patch)]
+    return [part for policy in ordered for part in _reuse(network, policy, patch, view)]
 
 
 def _with_modules(policies: Sequence[Any]) -> None:
@@ -82,7 +86,14 @@ def _with_modules(policies: Sequence[Any]) -> None:
             )
 
 
-def _reuse(network: nn.Module, policy: Any, patch: Patch) -> list[str]:
+def _reuse(network: nn.Module, policy: Any, patch: Patch, given: BlockView | None) -> list[str]:
+    if given is not None:
+        if isinstance(policy, Broadcast | EncoderPropagation):
+            raise ValueError(
+                f"accelerate: cache is {policy!r}, which does not run on a list of blocks, and "
+                "view is one; need another policy, or no view"
+            )
+        return views.given(network, given, policy, patch)
     if isinstance(policy, Broadcast):
         return module_views.reuse(network, policy, patch)
     if not isinstance(policy, EncoderPropagation):

@@ -20,15 +20,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _one(module: nn.Module) -> Block:
-    """A block of one stream, ``block(hidden_states, ...) -> hidden_states``."""
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
-        return (_hidden(args, kwargs),)
-
-    return Block(module, read, lambda streams: streams[0], lambda out: (out,))
-
-
 def _two(module: nn.Module, first: str) -> Block:
     """A block of text and image, both by keyword; ``first`` says which it returns first."""
 
@@ -74,6 +65,17 @@ def _sd3(network: Any) -> BlockView:
     return BlockView([*listed, last], adds, off, _normed(first))
 
 
+def _cogvideox(network: Any) -> BlockView:
+    listed = network.transformer_blocks
+
+    def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x, text, temb = (kwargs[k] for k in ("hidden_states", "encoder_hidden_states", "temb"))
+        normed: Tensor = listed[0].norm1(x, text, temb)[0]
+        return normed
+
+    return BlockView([_two(m, "image") for m in listed], signal=signal)
+
+
 def _dit(network: Any) -> BlockView:
     first = network.transformer_blocks[0]
 
@@ -83,7 +85,7 @@ def _dit(network: Any) -> BlockView:
         normed: Tensor = first.norm1(x, t, y, hidden_dtype=x.dtype)[0]
         return normed
 
-    return BlockView([_one(m) for m in network.transformer_blocks], signal=signal)
+    return BlockView.of(network.transformer_blocks)._replace(signal=signal)
 
 
 def _pixart(network: Any) -> BlockView:
@@ -96,7 +98,7 @@ def _pixart(network: Any) -> BlockView:
         normed: Tensor = first.norm1(x) * (1 + scale) + shift
         return normed
 
-    return BlockView([_one(m) for m in network.transformer_blocks], signal=signal)
+    return BlockView.of(network.transformer_blocks)._replace(signal=signal)
 
 
 def _wan(network: Any) -> BlockView:
@@ -111,10 +113,11 @@ def _wan(network: Any) -> BlockView:
         normed: Tensor = first.norm1(x.float()) * (1 + scale) + shift
         return normed
 
-    return BlockView([_one(m) for m in network.blocks], signal=signal)
+    return BlockView.of(network.blocks)._replace(signal=signal)
 
 
 VIEWS: dict[str, Callable[[Any], BlockView]] = {
+    "CogVideoXTransformer3DModel": _cogvideox,
     "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,
     "PixArtTransformer2DModel": _pixart,
@@ -168,6 +171,22 @@ def dit(network: DiT, policy: Policy, patch: Patch) -> list[str]:
     part = f"blocks {head}-{last - 1}"
     drive(network, policy, part, patch, BlockView([]))
     return [f"{policy}: {part} are computed or reused"]
+
+
+def given(network: nn.Module, found: BlockView, policy: Policy, patch: Patch) -> list[str]:
+    """Run ``policy`` on the blocks that a user names.
+
+    Raises:
+        ValueError: a block is not part of ``network``.
+    """
+    parts = set(network.modules())
+    for i, block in enumerate(found.blocks):
+        if block.module not in parts:
+            raise ValueError(
+                f"accelerate: view has as block {i} a {type(block.module).__name__} that is not "
+                f"part of the {type(network).__name__}"
+            )
+    return blocks(network, found, policy, patch)
 
 
 def reuse(network: nn.Module, policy: Policy, patch: Patch) -> list[str] | None:

@@ -1,0 +1,173 @@
+"""All policies, alone and in pairs, on one network of each kind; blocks that a user names."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastdiff
+from fastdiff import cache
+from fastdiff.cache.parse import POLICIES
+from fastdiff.testing import load_file
+
+networks = load_file(Path(__file__).parent / "integrations" / "networks.py")
+
+# Settings that compute everything, and some that do not, for every policy there is.
+NEUTRAL = {
+    "accumulated": cache.AccumulatedDistance(0),
+    "broadcast": cache.Broadcast(1, 1, 1),
+    "deepcache": cache.DeepCache(1),
+    "encoder": cache.EncoderPropagation(1),
+    "firstblock": cache.FirstBlock(0),
+    "magnitude": cache.MagnitudeRatio(),
+    "taylor": cache.Forecast(1),
+}
+WORKING = {
+    "accumulated": cache.AccumulatedDistance(9.0, order=1),
+    "broadcast": cache.Broadcast(2, 3, 2, 0, 1),
+    "deepcache": cache.DeepCache(3, order=1),
+    "encoder": cache.EncoderPropagation(3),
+    "firstblock": cache.FirstBlock(9.0),
+    "magnitude": cache.MagnitudeRatio((1.0,) * 9, retention=0.2),
+    "taylor": cache.Forecast(3),
+}
+PAIRS = [*combinations(POLICIES, 1), *combinations(POLICIES, 2)]
+KINDS = {"unet": networks.sd15, "transformer": networks.pixart}
+
+
+def test_every_policy_is_here():
+    assert set(NEUTRAL) == set(WORKING) == set(POLICIES)
+    for name, policy in POLICIES.items():
+        assert isinstance(NEUTRAL[name], policy) and isinstance(WORKING[name], policy)
+
+
+@torch.no_grad()
+def run(model, args, kwargs, steps=9):
+    """Outputs of a run whose input moves on from step to step."""
+    g = torch.Generator().manual_seed(3)
+    x, rest = args[0], args[1:]
+    move = 0.05 * torch.randn(x.shape, generator=g)
+    with fastdiff.request(steps) as request:
+        outs = [model(x + i * move, *rest, **kwargs, return_dict=False)[0] for i in range(steps)]
+    return torch.stack(outs), request
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "names", [*combinations(POLICIES, 1), *combinations(POLICIES, 2)], ids="+".join
+)
+def test_policies_compose_or_refuse_with_a_sentence(kind, names):
+    model, args, kwargs = KINDS[kind]()
+    before = dict(model.__dict__), [dict(m.__dict__) for m in model.modules()]
+    plain, _ = run(model, args, kwargs)
+    for settings, neutral in ((NEUTRAL, True), (WORKING, False)):
+        policies = [settings[name] for name in names]
+        try:
+            fastdiff.accelerate(model, cache=policies, exact=False)
+        except ValueError as error:
+            assert str(error).startswith(("accelerate: cache ", "Broadcast: "))
+            assert "need" in str(error) or "does not run on" in str(error)
+        else:
+            got, request = run(model, args, kwargs)
+            if neutral:
+                assert torch.equal(got, plain) and request.bytes() == 0
+            else:
+                assert got.isfinite().all() and not torch.equal(got, plain)
+                assert torch.equal(run(model, args, kwargs)[0], got)
+                assert request.peak_bytes > 0
+            fastdiff.restore(model)
+        after = dict(model.__dict__), [dict(m.__dict__) for m in model.modules()]
+        assert after[0].keys() == before[0].keys()
+        assert [d.keys() for d in after[1]] == [d.keys() for d in before[1]]
+    assert torch.equal(run(model, args, kwargs)[0], plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_interleaved_runs_of_two_sizes_are_as_alone(kind, name):
+    model, args, kwargs = KINDS[kind]()
+    try:
+        fastdiff.accelerate(model, cache=WORKING[name])
+    except ValueError:
+        pytest.skip(f"{name} does not run on a {kind}")
+    wide = torch.cat([args[0], args[0].flip(-1)], dim=-1)
+    inputs = [[(x + 0.05 * i * x.flip(0), *args[1:]) for i in range(7)] for x in (args[0], wide)]
+
+    @torch.no_grad()
+    def alone(calls):
+        with fastdiff.request(7):
+            return [model(*a, **kwargs, return_dict=False)[0] for a in calls]
+
+    want = [alone(calls) for calls in inputs]
+    runs = [fastdiff.engine.request.Request(7, 1) for _ in inputs]
+    for i in range(7):
+        for calls, one, outs in zip(inputs, runs, want, strict=True):
+            with torch.no_grad(), one.active():
+                assert torch.equal(model(*calls[i], **kwargs, return_dict=False)[0], outs[i])
+    broken = torch.full_like(args[0], float("nan"))
+    with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)), torch.no_grad():
+        with fastdiff.request(7):
+            model(*inputs[0][0], **kwargs)
+            model(broken[:, :1], *args[1:], **kwargs)  # a step that fails
+    assert all(map(torch.equal, alone(inputs[0]), want[0]))
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x, scale):
+        return x + self.up(self.norm(x)) * scale[:, None, None]
+
+
+class Mine(nn.Module):
+    """Somebody's network: a list of blocks of one shape."""
+
+    def __init__(self, width=16, depth=4):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x, t)
+        return x
+
+
+@torch.no_grad()
+def test_a_network_of_ones_own_with_a_view():
+    torch.manual_seed(0)
+    net, other = Mine().eval(), Mine()
+    view = fastdiff.BlockView.of(net.blocks)
+    x, t = torch.randn(3, 5, 16), torch.tensor([0.1, 0.5, 0.9])
+    plain = [net(x * (1 + 0.1 * i), t) for i in range(6)]
+
+    def outputs(policy, rows=slice(None)):
+        with fastdiff.accelerated(net, cache=policy, view=view), fastdiff.request(6) as run:
+            return [net(x[rows] * (1 + 0.1 * i), t[rows]) for i in range(6)], run
+
+    for policy in (cache.Forecast(1), cache.FirstBlock(0), cache.DeepCache(1, branch=1)):
+        assert all(map(torch.equal, outputs(policy)[0], plain))
+    got, run = outputs(cache.Forecast(2, order=1))
+    assert [e.how for e in run.trace] == ["full", "full", "forecast", "full", "forecast", "full"]
+    for policy in (cache.FirstBlock(0.15), cache.AccumulatedDistance(0.15)):
+        got, run = outputs(policy)
+        assert any(not all(e.computed) for e in run.trace)
+        for b in range(3):
+            alone, _ = outputs(policy, slice(b, b + 1))
+            for g, a in zip(got, alone, strict=True):
+                torch.testing.assert_close(g[b : b + 1], a, rtol=1e-5, atol=1e-5)
+    for bad, need in (
+        (dict(cache=cache.Forecast(), view=fastdiff.BlockView.of(other.blocks)), "not part of"),
+        (dict(cache=cache.Broadcast(), view=view), "does not run on a list of blocks"),
+        (dict(cache=cache.Forecast()), "does not run on Mine"),
+        (
+            dict(cache=cache.DeepCache(branch=2), view=view),
+            "needs 5 blocks or more",
+        ),
+    ):
+        with pytest.raises(ValueError, match=need):
+            fastdiff.accelerate(net, **bad)
+    assert "forward" not in net.__dict__ and "forward" not in net.blocks[0].__dict__
