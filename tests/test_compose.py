@@ -21,6 +21,7 @@ NEUTRAL = {
     "deepcache": cache.DeepCache(1),
     "encoder": cache.EncoderPropagation(1),
     "firstblock": cache.FirstBlock(0),
+    "guidance": cache.GuidanceReuse(1),
     "magnitude": cache.MagnitudeRatio(),
     "taylor": cache.Forecast(1),
 }
@@ -30,6 +31,7 @@ WORKING = {
     "deepcache": cache.DeepCache(3, order=1),
     "encoder": cache.EncoderPropagation(3),
     "firstblock": cache.FirstBlock(9.0),
+    "guidance": cache.GuidanceReuse(2),
     "magnitude": cache.MagnitudeRatio((1.0,) * 9, retention=0.2),
     "taylor": cache.Forecast(3),
 }
@@ -45,10 +47,10 @@ def test_every_policy_is_here():
 
 @torch.no_grad()
 def run(model, args, kwargs, steps=9):
-    """Outputs of a run whose input moves on from step to step."""
+    """Outputs of a run whose input, the same for both samples, moves on from step to step."""
     g = torch.Generator().manual_seed(3)
-    x, rest = args[0], args[1:]
-    move = 0.05 * torch.randn(x.shape, generator=g)
+    x, rest = args[0][:1].expand_as(args[0]), args[1:]
+    move = 0.05 * torch.randn(x[:1].shape, generator=g)
     with fastdiff.request(steps) as request:
         outs = [model(x + i * move, *rest, **kwargs, return_dict=False)[0] for i in range(steps)]
     return torch.stack(outs), request

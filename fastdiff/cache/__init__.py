@@ -6,6 +6,7 @@ from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.guidance import GuidanceReuse
 from fastdiff.cache.magnitude import MagnitudeRatio
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "EncoderPropagation",
     "FirstBlock",
     "Forecast",
+    "GuidanceReuse",
     "MagnitudeRatio",
 ]

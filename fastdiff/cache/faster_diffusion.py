@@ -70,6 +70,11 @@ class EncoderPropagation:
         for name in ("inject", "inject_below"):
             number(who, name, getattr(self, name), 0, 1, "a number from 0 to 1")
 
+    @property
+    def neutral(self) -> bool:
+        """It computes everything."""
+        return self.key_steps == 1
+
     def full(self, step: int, steps: int | None) -> bool:
         """Step ``step`` of ``steps``, from 0, is a key step.
 

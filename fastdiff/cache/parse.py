@@ -11,6 +11,7 @@ from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
+from fastdiff.cache.guidance import GuidanceReuse
 from fastdiff.cache.magnitude import MagnitudeRatio
 
 POLICIES: dict[str, Any] = {
@@ -19,6 +20,7 @@ POLICIES: dict[str, Any] = {
     "deepcache": DeepCache,
     "encoder": EncoderPropagation,
     "firstblock": FirstBlock,
+    "guidance": GuidanceReuse,
     "magnitude": MagnitudeRatio,
     "taylor": Forecast,
 }

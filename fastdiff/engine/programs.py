@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.cache import AccumulatedDistance, Broadcast, EncoderPropagation, FirstBlock
+from fastdiff.cache import (
+    AccumulatedDistance,
+    Broadcast,
+    EncoderPropagation,
+    FirstBlock,
+    GuidanceReuse,
+)
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.capture_check import Report, check
 from fastdiff.engine.graphs import Pool, Runner, runner
@@ -173,6 +179,11 @@ class Programs(nn.Module):
                 raise ValueError(
                     f"Programs: cache is {policy!r}, which decides from features and waits for "
                     "them; need a schedule, such as fastdiff.calibrate.frozen makes of it"
+                )
+            if isinstance(policy, GuidanceReuse) and not policy.neutral:
+                raise ValueError(
+                    f"Programs: cache is {policy!r}, which compares the halves of a batch and "
+                    "waits for that; need another policy"
                 )
             if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
                 raise ValueError(

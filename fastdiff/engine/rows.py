@@ -27,3 +27,28 @@ def call_of(
     """The arguments of a call, for the samples ``rows``; rotary tables are no samples'."""
     some = {k: v if "rotary" in k else taken(v, rows, batch) for k, v in kwargs.items()}
     return tuple(taken(a, rows, batch) for a in args), some
+
+
+def _sliced(value: Any, rows: slice, batch: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _sliced(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_sliced(item, rows, batch) for item in value)
+    if isinstance(value, Tensor) and value.dim() >= 1 and value.shape[0] == batch:
+        return value[rows]
+    return value
+
+
+def slice_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: slice, batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a network's call, for a run of its samples, as views.
+
+    Other than a block's, a network's tuples hold tensors of samples (ControlNet's residuals);
+    rotary tables and the positions of tokens (``img_ids``, ``txt_ids``) are no samples'.
+    """
+    some = {
+        k: v if "rotary" in k or k in ("img_ids", "txt_ids") else _sliced(v, rows, batch)
+        for k, v in kwargs.items()
+    }
+    return tuple(_sliced(a, rows, batch) for a in args), some

@@ -20,9 +20,10 @@ from fastdiff.cache import (
     EncoderPropagation,
     FirstBlock,
     Forecast,
+    GuidanceReuse,
     MagnitudeRatio,
 )
-from fastdiff.engine import reuse_encoder, reuse_unet
+from fastdiff.engine import reuse_encoder, reuse_guidance, reuse_unet
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.view import BlockView
 from fastdiff.integrations import module_views, unet_views, views
@@ -41,7 +42,7 @@ _DEEP = (
 )
 _SCHEDULED = (DeepCache, EncoderPropagation, Forecast, MagnitudeRatio)
 # What policies skip, the innermost first; one network takes one of each.
-_KINDS: tuple[tuple[type, ...], ...] = ((Broadcast,), _DEEP)
+_KINDS: tuple[tuple[type, ...], ...] = ((Broadcast,), _DEEP, (GuidanceReuse,))
 
 
 def _kind(policy: Any) -> int:
@@ -66,9 +67,25 @@ def reuse(
             raise ValueError(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
-    if ordered and isinstance(ordered[0], Broadcast) and not ordered[0].neutral:
-        _with_modules(ordered[1:])
-    return [part for policy in ordered for part in _reuse(network, policy, patch, view)]
+    inner = [policy for policy in ordered if not isinstance(policy, GuidanceReuse)]
+    if inner and isinstance(inner[0], Broadcast) and not inner[0].neutral:
+        _with_modules(inner[1:])
+    parts = [part for policy in inner for part in _reuse(network, policy, patch, view)]
+    for policy in ordered[len(inner) :]:
+        _with_guidance(policy, inner)
+        parted = any(not p.neutral for p in inner)
+        parts += reuse_guidance.guidance(network, policy, patch, parted)
+    return parts
+
+
+def _with_guidance(policy: GuidanceReuse, inner: Sequence[Any]) -> None:
+    """Refuse what plans several steps of one batch ahead, next to a branch that misses steps."""
+    for other in inner:
+        if isinstance(other, EncoderPropagation) and not policy.neutral:
+            raise ValueError(
+                f"accelerate: cache has {other!r}, whose steps between key steps need the key "
+                "step's features of both branches, next to GuidanceReuse; need DeepCache there"
+            )
 
 
 def _with_modules(policies: Sequence[Any]) -> None:
