@@ -16,8 +16,10 @@ from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
+from fastdiff.tune import Quality, Report
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
+_SEARCH = {"calibrate", "candidates", "fewer", "progress", "rounds", "run", "steps"}
 _KEY = "_fastdiff"  # where an accelerated object keeps its Acceleration
 
 
@@ -131,34 +133,72 @@ def _policies(cache: Any) -> list[Any]:
 
 
 def accelerate(
-    target: Any,
+    pipe: Any,
+    /,
     *,
     cache: Any = None,
     exact: bool = True,
     cache_bytes: int | None = None,
     view: BlockView | None = None,
+    target: Quality | None = None,
+    **search: Any,
 ) -> Any:
     """Make a diffusers pipeline, or a network on its own, faster.
 
     Args:
-        target: a pipeline with a ``unet`` or ``transformer``, or an ``nn.Module``. Changed in
+        pipe: a pipeline with a ``unet`` or ``transformer``, or an ``nn.Module``. Changed in
             place; :func:`restore` takes every change back.
-        cache: a policy of ``fastdiff.cache``, or a list of policies that skip different things;
-            None computes everything. Caches work within a run: a call of the pipeline, or
-            ``with fastdiff.request():`` around a loop of your own.
+        cache: a policy of ``fastdiff.cache``, or a list of policies that skip different things; or
+            a :class:`~fastdiff.tune.Report`, for what it chose; None computes everything. Caches
+            work within a run: a call of the pipeline, or ``with fastdiff.request():`` around a loop
+            of your own.
         exact: attention, norms, activations and residuals run on our operations.
         cache_bytes: what the caches of a run may hold at a time. A run that needs more ends with a
             ValueError in its first model call, before the first step.
         view: the blocks of a network that fastdiff does not know, for caches of blocks:
             ``BlockView.of(net.blocks)`` where each is ``block(x, ...) -> x``.
+        target: the quality to keep. Policies are then tried, and the fastest that keeps it on
+            inputs it was not chosen on is applied. Where none does, or fewer steps are faster
+            still, ``cache`` stays None and the report says so.
+        search: only with ``target``: ``calibrate``, at least two inputs, each a dict of the
+            pipeline's arguments, an int under "generator" being the seed of every run's own
+            generator; ``candidates``, policies or lists of them (None:
+            :func:`fastdiff.target.candidates`); ``fewer``, numbers of steps to beat; ``rounds`` of
+            timing; ``progress``, told each name. For a network on its own also ``run(input,
+            steps)``, which gives samples ``[B, ...]``, and ``steps``.
 
     Returns:
-        ``target``.
+        ``pipe``; with ``target`` the :class:`~fastdiff.tune.Report`.
 
     Raises:
-        ValueError: ``target`` is accelerated already, has no network, or is one that ``cache``
-            cannot run on; nothing is changed then.
+        ValueError: ``pipe`` is accelerated already, has no network, or is one that ``cache``
+            cannot run on; or the search cannot run; nothing is changed then.
     """
+    settings: dict[str, Any] = dict(exact=exact, cache_bytes=cache_bytes, view=view)
+    unknown = search.keys() - _SEARCH
+    if unknown:
+        raise TypeError(f"accelerate: no argument is called {min(unknown)}")
+    if target is None:
+        if search:
+            raise ValueError(f"accelerate: {min(search)} is given without target, need both")
+        if isinstance(cache, Report):
+            cache = cache.policy()
+        return _apply(pipe, cache, **settings)
+    if cache is not None:
+        raise ValueError("accelerate: cache and target are both given, need one of them")
+    if "calibrate" not in search:
+        raise ValueError("accelerate: target needs calibrate, a list of at least 2 inputs")
+    from fastdiff import target as searching  # it calls accelerate
+
+    report = searching.search(pipe, target, search.pop("calibrate"), **search, **settings)
+    _apply(pipe, cache=report.policy(), **settings)
+    return report
+
+
+def _apply(
+    target: Any, cache: Any, exact: bool, cache_bytes: int | None, view: BlockView | None
+) -> Any:
+    """What :func:`accelerate` does without a quality to keep."""
     if _KEY in getattr(target, "__dict__", {}):
         raise ValueError("accelerate: target is accelerated already, need restore(target) before")
     networks = _networks(target)

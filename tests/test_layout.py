@@ -38,6 +38,7 @@ FLOORS = (
         "testing_simt",
         "testing_triton",
         "report",
+        "target",
         "tune",
         "fastdiff",
     ),

@@ -1,5 +1,6 @@
 """The frontier: quality measures, choice on held-out inputs, JSON, the plot and the heat map."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 
 import fastdiff
 from fastdiff import models, report, tune
-from fastdiff.cache import Broadcast, DeepCache, FirstBlock, Forecast
+from fastdiff.cache import (
+    Broadcast,
+    DeepCache,
+    EncoderPropagation,
+    FirstBlock,
+    Forecast,
+    MagnitudeRatio,
+)
 from fastdiff.tune import Quality, Report, Row
 
 
@@ -80,7 +88,9 @@ def test_the_frontier_of_the_digits(tmp_path):
 
 def test_an_unreachable_target_chooses_nothing():
     found = tune.tune(digits, [0, 1], Quality(psnr=200), [Forecast(interval=9)], steps=10, rounds=1)
-    assert found.chosen is None and found.policy() is None and "none meets it" in str(found)
+    assert found.chosen is None and found.policy() is None and "nothing meets" in str(found)
+    (row,) = found.rows
+    assert row.stopped and row.held_out == -math.inf and "stopped: missed by far" in str(found)
 
 
 def test_a_file_that_is_no_report(tmp_path):
@@ -93,13 +103,18 @@ def test_a_file_that_is_no_report(tmp_path):
 
 def test_policies_as_json():
     for policy in (
+        [Forecast(3), Broadcast()],
+        EncoderPropagation([0, 3, 5]),
+        MagnitudeRatio([1.0, 0.9, 0.95]),
         Broadcast([0, 2], order=1),
         DeepCache(5, branch=2),
         FirstBlock(0.3),
         Forecast(4, order=2),
     ):
-        assert tune.policy_from(tune.policy_dict(policy)) == policy
+        text = json.dumps(tune.policy_dict(policy))
+        assert tune.policy_from(json.loads(text)) == policy
     assert tune.describe(DeepCache(5, branch=2)) == "DeepCache(interval=5, branch=2)"
+    assert tune.describe([Forecast(4), Broadcast()]) == "Forecast(interval=4) + Broadcast()"
     with pytest.raises(ValueError, match="policy is 'Nothing', need one of"):
         tune.policy_from({"name": "Nothing"})
 
