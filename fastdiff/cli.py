@@ -78,33 +78,26 @@ def parse_classes(text: str) -> list[int]:
 
 def _policy(text: str) -> Any:
     from fastdiff.cache.parse import parse
+    from fastdiff.tune import Report
 
     try:
-        return parse(text)
-    except ValueError as error:
+        if not text.endswith(".json"):
+            policies = [parse(one) for one in text.split("/")]
+            return policies if len(policies) > 1 else policies[0]
+        report = Report.load(text)
+        if report.policy() is None:
+            raise ValueError(f"cache is {text!r}: {report.verdict()}; need a report with a cache")
+        return report.policy()
+    except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def parser() -> Parser:
-    """The command line."""
-    top = Parser(prog="fastdiff", description="Kernel-optimised acceleration engine for diffusion.")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="sample|train|bench|info", parser_class=Parser
-    )
-
-    p = commands.add_parser("sample", help="draw pictures into a PNG grid")
-    p.add_argument(
-        "--model",
-        action="append",
-        help=f"{' or '.join(MODELS)}, or the path of a checkpoint; may be given several times "
-        "(default: both)",
-    )
-    p.add_argument("--steps", type=_whole(1, 10_000), default=25)
+def _drawing(p: Parser) -> None:
+    """The options of every command that draws pictures."""
     p.add_argument(
         "--sampler", help="a name of fastdiff.samplers.SAMPLERS (default: the model card's)"
     )
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
-    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
     p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
     p.add_argument(
         "--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)"
@@ -115,15 +108,80 @@ def parser() -> Parser:
         type=_finite(0, 1000),
         help="predicted pictures are clipped to [-CLIP, CLIP], 0: not (default: the model card's)",
     )
+    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
+
+
+def _add_tune(commands: Any) -> None:
+    """``fastdiff tune`` and ``fastdiff report``."""
+    name = f"{' or '.join(MODELS)}, or the path of a checkpoint"
+    p = commands.add_parser("tune", help="find the fastest cache that keeps a quality")
+    p.add_argument("--model", required=True, help=name)
+    p.add_argument("--target", required=True, help="psnr=35 (dB), or relative_l2=0.05")
+    p.add_argument("--steps", type=_whole(2, 10_000), default=25, help="of the plain run")
+    p.add_argument(
+        "--pictures",
+        type=_whole(2, 16_384),
+        default=16,
+        help="of which one half is held out from the choice (default: 16)",
+    )
+    p.add_argument(
+        "--cache",
+        type=_policy,
+        action="append",
+        help="a candidate, as in fastdiff sample; may be given several times (default: those of "
+        "fastdiff.target.candidates)",
+    )
+    p.add_argument(
+        "--fewer",
+        type=_whole(1, 10_000),
+        action="append",
+        help="a number of steps to beat; may be given several times (default: 3/4, 1/2, 1/3 and "
+        "1/4 of --steps)",
+    )
+    p.add_argument("--rounds", type=_whole(1, 1000), default=3, help="timed runs of a candidate")
+    p.add_argument("--out", type=Path, help="JSON file, which --cache of the others takes")
+    p.add_argument("--plot", type=Path, help="PNG file: quality against speed-up")
+    p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    _drawing(p)
+
+    p = commands.add_parser("report", help="draw what a run with a cache computed and reused")
+    p.add_argument("--model", required=True, help=name)
+    p.add_argument("--cache", type=_policy, required=True, help="as in fastdiff sample")
+    p.add_argument("--steps", type=_whole(1, 10_000), default=25)
+    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
+    p.add_argument("--out", type=Path, default=Path("report.png"), help="PNG file")
+    _drawing(p)
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(prog="fastdiff", description="Kernel-optimised acceleration engine for diffusion.")
+    commands = top.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="sample|tune|report|train|bench|info",
+        parser_class=Parser,
+    )
+
+    p = commands.add_parser("sample", help="draw pictures into a PNG grid")
+    p.add_argument(
+        "--model",
+        action="append",
+        help=f"{' or '.join(MODELS)}, or the path of a checkpoint; may be given several times "
+        "(default: both)",
+    )
+    p.add_argument("--steps", type=_whole(1, 10_000), default=25)
+    _drawing(p)
+    p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
     p.add_argument(
         "--cache",
         type=_policy,
         help="reuse work from step to step: deepcache:3, firstblock:0.1, taylor:3, broadcast:2, or "
-        "encoder:50ls for U-Nets; more settings as deepcache:3,branch=1 (default: none)",
+        "encoder:50ls for U-Nets; more settings as deepcache:3,branch=1; several together as "
+        "taylor:3/broadcast:2; or the JSON file of fastdiff tune (default: none)",
     )
-    p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
     p.add_argument(
         "--out",
         type=Path,
@@ -137,6 +195,8 @@ def parser() -> Parser:
     p.add_argument("--compile", action="store_true", help="with --compare: torch.compile as well")
     p.add_argument("--repeat", type=_whole(1, 1000), default=3, help="timed runs of --compare")
     p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+
+    _add_tune(commands)
 
     p = commands.add_parser("train", help="train one of the small models on digits, on the CPU")
     p.add_argument("name", choices=MODELS)
@@ -227,9 +287,28 @@ def run(argv: Sequence[str]) -> int:
         return info(args)
     if args.command == "train":
         return train(args)
+    if args.command in ("tune", "report"):
+        return _with_plots(args)
     from fastdiff import cli_sample
 
     return cli_sample.main(args)
+
+
+def _with_plots(args: argparse.Namespace) -> int:
+    """Run :mod:`fastdiff.cli_tune`."""
+    import torch
+
+    from fastdiff import cli_tune
+    from fastdiff.samplers import SAMPLERS
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise UsageError(f"--sampler is {args.sampler!r}, need one of {', '.join(SAMPLERS)}")
+    try:
+        return cli_tune.tune(args) if args.command == "tune" else cli_tune.report(args)
+    except ImportError as error:  # matplotlib is an optional dependency
+        raise UsageError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,8 +92,15 @@ class Job:
             with fastdiff.accelerated(self.model, cache=args.cache, exact=False):
                 pass
 
-    def draw(self, model: nn.Module, steps: int, progress: str = "", cache: Any = None) -> Tensor:
-        """Pictures ``[B,C,H,W]``; the same noise in every call."""
+    def draw(
+        self,
+        model: nn.Module,
+        steps: int,
+        progress: str = "",
+        cache: Any = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Pictures ``[B,C,H,W]``; the same noise in every call with one ``seed``, None: --seed."""
         hidden = None if progress else True  # None: hidden where stderr is no terminal
         bar = tqdm(total=steps, desc=progress, disable=hidden, file=sys.stderr, leave=False)
         with bar:
@@ -106,7 +113,7 @@ class Job:
                 classes=torch.tensor(self.labels),
                 guidance=self.guidance,
                 guidance_rescale=self.args.guidance_rescale,
-                seed=self.args.seed,
+                seed=self.args.seed if seed is None else seed,
                 clip=self.clip or None,
                 callback=lambda *_: bar.update(),
             )

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastdiff.engine.request import Event, Request
 
+MARK = "fastdiff"  # the Software field of the PNGs drawn here
 # Shares of a row's samples that a cell can show, and how: the same order in the legend.
 COLORS = {"full": "#1b4f72", "forecast": "#c77f1a", "reuse": "#d9e2e8", "mixed": "#7fa3b8"}
+
+
+def new_figure(who: str, size: tuple[float, float]) -> Any:
+    """An empty figure of ``size`` in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"{who}: needs matplotlib, which is not installed (pip install matplotlib)"
+        ) from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Into PNG, SVG or PDF by the name; a PNG says that we drew it."""
+    mark = {"Software": MARK} if Path(path).suffix.lower() == ".png" else None
+    figure.savefig(Path(path), metadata=mark)
 
 
 def _kind(event: Event) -> str:
@@ -39,13 +62,10 @@ def heat_map(run: Request, path: str | Path) -> None:
     rows = cells(run.trace)
     if not rows:
         raise ValueError("heat_map: run has an empty trace, need a run with a cache")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("heat_map: needs matplotlib, which is not installed") from error
     steps = 1 + max(step for row in rows.values() for step in row)
-    figure = Figure(figsize=(1.5 + 0.25 * steps, 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure = new_figure("heat_map", (1.5 + 0.25 * steps, 1.2 + 0.3 * len(rows)))
+    from matplotlib.patches import Patch
+
     axes = figure.subplots()
     for y, row in enumerate(rows.values()):
         for step, kind in row.items():
@@ -56,4 +76,4 @@ def heat_map(run: Request, path: str | Path) -> None:
         handles=[Patch(color=color, label=kind) for kind, color in COLORS.items()],
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), frameon=False,
     )  # fmt: skip
-    figure.savefig(Path(path))
+    save_figure(figure, path)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import cache as policies
+from fastdiff.report import new_figure, save_figure
 
 Run = Callable[..., Tensor]  # run(input, cache=policy or None, steps=None or n) -> [B, ...]
 
@@ -138,9 +139,13 @@ class Report:
         row = self.row()
         return None if row is None or row.policy is None else policy_from(row.policy)
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -190,13 +195,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Report.plot: needs matplotlib, which is not installed (pip install matplotlib)"
-            ) from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure("Report.plot", (7, 4.5))
         axes = figure.subplots()
         fewer = sorted((r for r in self.rows if r.steps is not None), key=lambda r: r.speedup)
         caches = [r for r in self.rows if r.steps is None]
@@ -206,7 +205,7 @@ class Report:
             axes.annotate(r.name, (r.speedup, r.psnr), fontsize=6)
         axes.set(xlabel="speed-up over the plain run", ylabel="PSNR against it, dB")
         axes.legend()
-        figure.savefig(Path(path))
+        save_figure(figure, path)
 
 
 def policy_dict(policy: Any) -> Policy:

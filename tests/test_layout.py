@@ -26,6 +26,7 @@ FLOORS = (
         "calibrate",
         "cli",
         "cli_sample",
+        "cli_tune",
         "gpu_cases",
         "gpu_code",
         "gpu_limits",
