@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff import integrations
+from fastdiff import integrations, run_summary
 from fastdiff.cache import EncoderPropagation
 from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch
@@ -284,21 +284,6 @@ def restore(target: Any) -> Any:
     return target
 
 
-def _hits(run: Request) -> list[str]:
-    """What the calls of a run computed, a line a part."""
-    lines = []
-    for part in dict.fromkeys(event.part for event in run.trace):
-        events = [event for event in run.trace if event.part == part]
-        done = [computed for event in events for computed in event.computed]
-        reused = len(done) - sum(done)
-        words = f"{part}: {len(events)} calls, {reused} of {len(done)} samples' parts not computed"
-        if not reused:
-            words += "; WARNING: the cache never hit"
-        odd = sorted({e.how for e in events if "NaN" in e.how or e.how.startswith("off")})
-        lines.append("; ".join([words, *odd]))
-    return lines
-
-
 def summary(target: Any, run: Request | None = None) -> str:
     """What :func:`accelerate` changed in ``target``, and what a run did, as text.
 
@@ -316,10 +301,7 @@ def summary(target: Any, run: Request | None = None) -> str:
         lines.append(f"WARNING: {acceleration.lonely} calls outside a run, with caches off")
     if run is None:
         return "\n".join([*lines, "no run yet"])
-    lines += _hits(run)
-    lines.append(f"the host waited {run.syncs} times for decisions")
-    rows = ", ".join(f"{op} {row} {n}" for (op, row), n in sorted(run.rows.items()))
-    return "\n".join([*lines, f"rows that ran: {rows or 'none'}"])
+    return "\n".join([*lines, *run_summary.lines(run)])
 
 
 @contextmanager

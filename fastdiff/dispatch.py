@@ -74,6 +74,13 @@ def record() -> Iterator[Counter[tuple[str, str]]]:
         _record.reset(token)
 
 
+def note(op: str, row: str) -> None:
+    """Count one run of ``row`` where :func:`record` is on."""
+    counter = _record.get()
+    if counter is not None:
+        counter[op, row] += 1
+
+
 def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callable[..., Any]:
     """The function of the row to run for ``args``: forced (``impl``, :func:`use`) or first usable.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,30 @@ def save_figure(figure: Any, path: str | Path) -> None:
 
 
 def _kind(event: Event) -> str:
-    if all(event.computed):
+    if all(event.computed):  # a call with caches off has no samples here
         return "full"
     if any(event.computed):
         return "mixed"
-    return "forecast" if event.how == "forecast" else "reuse"
+    return "forecast" if "forecast" in event.how else "reuse"
+
+
+def _parts(part: str) -> list[str]:
+    """The rows of a part: one a block for ``blocks 1-27``."""
+    match = re.fullmatch(r"blocks (\d+)-(\d+)", part)
+    if match is None:
+        return [part]
+    return [f"block {i}" for i in range(int(match[1]), int(match[2]) + 1)]
 
 
 def cells(trace: Sequence[Event]) -> dict[str, dict[int, str]]:
-    """``{part: {step: kind}}``; several calls a step that differ are "mixed"."""
+    """``{part: {step: kind}}``, blocks each on their own; several calls a step that differ are
+    "mixed"."""
     found: dict[str, dict[int, str]] = {}
     for event in trace:
-        row = found.setdefault(event.part, {})
         kind = _kind(event)
-        row[event.step] = kind if row.get(event.step, kind) == kind else "mixed"
+        for part in _parts(event.part):
+            row = found.setdefault(part, {})
+            row[event.step] = kind if row.get(event.step, kind) == kind else "mixed"
     return found
 
 

@@ -39,6 +39,7 @@ FLOORS = (
         "testing_simt",
         "testing_triton",
         "report",
+        "run_summary",
         "target",
         "tune",
         "fastdiff",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.dispatch import note
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Rule = Callable[..., Any]
@@ -26,8 +27,9 @@ def class_name(thing: object) -> str:
 
 
 def usable(module: nn.Module, x: Any) -> bool:
-    """Inference on a plain tensor, with no autocast to decide on other dtypes."""
-    return (
+    """Inference on a plain tensor, with no autocast to decide on other dtypes. Where it is not,
+    the module's own forward runs, and a summary says so."""
+    good = (
         type(x) is Tensor
         and x.dtype in DTYPES
         and not module.training
@@ -37,6 +39,9 @@ def usable(module: nn.Module, x: Any) -> bool:
             and torch.is_autocast_enabled(x.device.type)
         )
     )
+    if not good:
+        note("exact mode", "own forward")
+    return good
 
 
 def _weight_fits(w: Any, x: Tensor) -> bool:
