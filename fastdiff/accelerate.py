@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
+from fastdiff.engine.weights import Watch
 from fastdiff.tune import Quality, Report
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
@@ -69,7 +71,7 @@ def _steps_to_come(pipe: Any) -> int | None:
 
 
 def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> None:
-    plain = network.forward
+    plain, weights = network.forward, Watch(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request = current()
@@ -80,6 +82,8 @@ def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> N
             request.steps = _steps_to_come(pipe)
         if acceleration.cache_bytes is not None:
             request.limit = acceleration.cache_bytes
+        if acceleration.policies and not request.static:
+            weights.look(request)
         with request.call(network):
             return plain(*args, **kwargs)
 
@@ -111,6 +115,7 @@ def _open_requests(pipe: Any, acceleration: Acceleration) -> None:
     """Every call of the pipeline is one request."""
     plain = type(pipe)
 
+    @wraps(plain.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _count_steps(self, acceleration)
         run = Request(owner=acceleration)

@@ -62,7 +62,7 @@ def _part(part: str, events: Sequence[Event]) -> list[str]:
 
 def lines(run: Request) -> list[str]:
     """The run, part by part, then waits, memory and the rows of operations that ran."""
-    found = []
+    found = list(run.notes)
     for part in dict.fromkeys(event.part for event in run.trace):
         found += _part(part, [event for event in run.trace if event.part == part])
     found.append(f"the host waited {run.syncs} times for decisions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 _ABSENT = object()
@@ -17,7 +18,10 @@ class Patch:
         self._changes: list[tuple[Any, str, Any, Any]] = []  # target, name, old, new
 
     def set(self, target: Any, name: str, value: Any) -> None:
-        """``target.name = value`` in the instance's dictionary."""
+        """``target.name = value`` in the instance's dictionary. A function keeps the signature of
+        what it replaces: pipelines look there for what they may pass (``generator``, ``eta``)."""
+        if isinstance(value, FunctionType) and callable(getattr(target, name, None)):
+            value.__dict__["__wrapped__"] = getattr(target, name)
         self._changes.append((target, name, target.__dict__.get(name, _ABSENT), value))
         target.__dict__[name] = value
 

@@ -43,6 +43,12 @@ def _memory(value: Any, found: dict[int, int]) -> None:
         _memory(vars(value), found)
 
 
+def _mentions(key: Hashable, number: int) -> bool:
+    if isinstance(key, tuple):
+        return any(_mentions(part, number) for part in key)
+    return key is not True and key == number
+
+
 class Request:
     """State of one run.
 
@@ -61,6 +67,8 @@ class Request:
         peak_bytes: the most that :attr:`state` held after a model call.
         rows: which row of which op ran how often, ``{("attention", "native"): 24}``.
         owner: whose run it is, None for one that the user opened.
+        marks: of each model, by id: what its weights were when caches last looked.
+        notes: sentences about the run as a whole.
     """
 
     def __init__(
@@ -84,6 +92,8 @@ class Request:
         self.limit: int | None = None
         self.peak_bytes = 0
         self.static = False
+        self.marks: dict[int, Hashable] = {}
+        self.notes: list[str] = []
         self._calls: dict[int, int] = {}
         self._claims: dict[Hashable, int] = {}
 
@@ -110,6 +120,12 @@ class Request:
                 "bytes; need a larger limit, a smaller batch or another policy"
             )
         self._claims[key] = size
+
+    def forget(self, model: object) -> None:
+        """Drop what is kept of ``model``: its caches begin anew."""
+        for key in [key for key in self.state if _mentions(key, id(model))]:
+            del self.state[key]
+            self._claims.pop(key, None)
 
     def bytes(self) -> int:
         """What :attr:`state` holds now, every tensor's memory counted once."""

@@ -1,0 +1,52 @@
+"""Changes of a network's weights within a run: caches must not go on with features of the old ones.
+
+Seen are writes to parameters in place, and adapters of PEFT that are loaded, switched or scaled.
+Not seen are writes through ``.data``, which change no version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdiff.engine.request import Request
+
+
+class Watch:
+    """Of one network; cheap enough for every call."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._parameters: list[Tensor] = []
+        self._adapters: list[Any] = []
+
+    def _mark(self) -> Hashable:
+        adapters = tuple(
+            (tuple(layer.scaling.items()), tuple(layer.active_adapters), layer.disable_adapters)
+            for layer in self._adapters
+        )
+        known = tuple(getattr(self._network, "peft_config", ()))
+        return sum(p._version for p in self._parameters), adapters, known
+
+    def look(self, request: Request) -> None:
+        """Before a call: where the weights are others than at the last one, drop what is kept."""
+        key = id(self._network)
+        if key not in request.marks:  # a new run
+            self._collect()
+            request.marks[key] = self._mark()
+            return
+        mark = self._mark()
+        if mark != request.marks[key]:
+            self._collect()
+            request.marks[key] = self._mark()
+            request.forget(self._network)
+            request.notes.append(f"weights changed before step {request.step}: caches began anew")
+
+    def _collect(self) -> None:
+        self._parameters = [p for p in self._network.parameters() if not p.is_inference()]
+        self._adapters = [
+            m for m in self._network.modules()
+            if isinstance(getattr(m, "scaling", None), dict) and hasattr(m, "active_adapters")
+        ]  # fmt: skip
