@@ -185,6 +185,7 @@ def sample_one(job: Job, out: Path) -> dict[str, Any]:
     """Draw the pictures of one model, write them, and give the report."""
     name, args = job.name, job.args
     cached = None
+    ran: Counter[tuple[str, str]]
     start = time.perf_counter()
     if args.cache is None:
         with fastdiff.record() as ran:

@@ -40,7 +40,7 @@ def _parse(text: str | None) -> tuple[str, ...]:
 
 _START = _parse(os.environ.get("FASTDIFF_IMPL"))
 _forced: ContextVar[tuple[str, ...]] = ContextVar("fastdiff_impl", default=_START)
-_record: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("fastdiff_record", default=None)
+_record: ContextVar[Rows | None] = ContextVar("fastdiff_record", default=None)
 
 
 @torch.compiler.assume_constant_result
@@ -63,10 +63,23 @@ def use(*names: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+class Rows(Counter[tuple[str, str]]):
+    """Counts of the rows that ran.
+
+    Attributes:
+        why: of every row that is not its op's first: the sentences of those before it, in the
+            first call that it ran in; empty where the row was forced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.why: dict[tuple[str, str], dict[str, str]] = {}
+
+
 @contextmanager
-def record() -> Iterator[Counter[tuple[str, str]]]:
+def record() -> Iterator[Rows]:
     """Count the rows that run in the block: ``{("attention", "native"): 24, ...}``."""
-    counter: Counter[tuple[str, str]] = Counter()
+    counter = Rows()
     token = _record.set(counter)
     try:
         yield counter
@@ -106,7 +119,12 @@ def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callab
     if not torch.compiler.is_compiling():
         counter = _record.get()
         if counter is not None:
-            counter[op, row.name] += 1
+            key = (op, row.name)
+            if key not in counter and row is not impls[0]:
+                before = impls[: list(impls).index(row)]
+                why = {} if names else {r.name: r.why_not(*args) or "" for r in before}
+                counter.why[key] = why
+            counter[key] += 1
     return row.fn
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdiff.engine.request import Event, Request
 
 MARK = "fastdiff"  # the Software field of the PNGs drawn here
-# Shares of a row's samples that a cell can show, and how: the same order in the legend.
-COLORS = {"full": "#1b4f72", "forecast": "#c77f1a", "reuse": "#d9e2e8", "mixed": "#7fa3b8"}
+# What a cell can show, in the legend's order; "mixed": some samples or calls of the step computed,
+# and the share of them stands in the cell; "off": all computed, as no cache was allowed.
+COLORS = {
+    "full": "#1b4f72",
+    "mixed": "#7fa3b8",
+    "forecast": "#c77f1a",
+    "reuse": "#d9e2e8",
+    "off": "#8e5572",
+}
 
 
 def new_figure(who: str, size: tuple[float, float]) -> Any:
@@ -35,36 +41,65 @@ def save_figure(figure: Any, path: str | Path) -> None:
     figure.savefig(Path(path), metadata=mark)
 
 
+class Cell(NamedTuple):
+    """One part in one step: a key of :data:`COLORS`, and the share of its samples that computed."""
+
+    kind: str
+    share: float
+
+
 def _kind(event: Event) -> str:
-    if all(event.computed):  # a call with caches off has no samples here
+    if event.how.startswith("off"):
+        return "off"
+    if all(event.computed):
         return "full"
     if any(event.computed):
         return "mixed"
-    return "forecast" if "forecast" in event.how else "reuse"
+    return "forecast" if event.how.startswith("forecast") else "reuse"
 
 
-def _parts(part: str) -> list[str]:
-    """The rows of a part: one a block for ``blocks 1-27``."""
-    match = re.fullmatch(r"blocks (\d+)-(\d+)", part)
-    if match is None:
-        return [part]
-    return [f"block {i}" for i in range(int(match[1]), int(match[2]) + 1)]
+def _share(event: Event) -> float:
+    return sum(event.computed) / len(event.computed) if event.computed else 1.0
 
 
-def cells(trace: Sequence[Event]) -> dict[str, dict[int, str]]:
-    """``{part: {step: kind}}``, blocks each on their own; several calls a step that differ are
-    "mixed"."""
-    found: dict[str, dict[int, str]] = {}
+def _parts(trace: Sequence[Event]) -> dict[str, list[Event]]:
+    found: dict[str, list[Event]] = {}
     for event in trace:
-        kind = _kind(event)
-        for part in _parts(event.part):
-            row = found.setdefault(part, {})
-            row[event.step] = kind if row.get(event.step, kind) == kind else "mixed"
+        found.setdefault(event.part, []).append(event)
     return found
 
 
+def _by_step(events: Sequence[Event]) -> dict[int, Cell]:
+    """Several calls a step that differ are "mixed"."""
+    steps: dict[int, list[Event]] = {}
+    for event in events:
+        steps.setdefault(event.step, []).append(event)
+    cells = {}
+    for step, calls in steps.items():
+        kinds = {_kind(event) for event in calls}
+        share = sum(map(_share, calls)) / len(calls)
+        cells[step] = Cell(kinds.pop() if len(kinds) == 1 else "mixed", share)
+    return cells
+
+
+def cells(trace: Sequence[Event]) -> dict[str, dict[int, Cell]]:
+    """``{part: {step: cell}}``, with a row for every block or stage of the parts that have them;
+    those that always run are "full". Two networks, or two policies, with blocks of one name are
+    told apart by the part that they belong to."""
+    rows: dict[str, dict[int, Cell]] = {}
+    for part, events in _parts(trace).items():
+        decided = _by_step(events)
+        if not events[0].layout:
+            rows[part] = decided
+        for name, skipped in events[0].layout:
+            row = {step: cell if skipped else Cell("full", 1.0) for step, cell in decided.items()}
+            rows[f"{part}: {name}" if name in rows else name] = row
+    return rows
+
+
 def heat_map(run: Request, path: str | Path) -> None:
-    """Draw the trace of a run into ``path`` (PNG, SVG or PDF by the name).
+    """Draw the trace of a run into ``path`` (PNG, SVG or PDF by the name): a row for every block or
+    stage where blocks are skipped, and for every kind of module where modules are.
 
     Raises:
         ValueError: the run has no trace: no cache was on.
@@ -74,17 +109,20 @@ def heat_map(run: Request, path: str | Path) -> None:
     if not rows:
         raise ValueError("heat_map: run has an empty trace, need a run with a cache")
     steps = 1 + max(step for row in rows.values() for step in row)
-    figure = new_figure("heat_map", (1.5 + 0.25 * steps, 1.2 + 0.3 * len(rows)))
+    figure = new_figure("heat_map", (2.2 + 0.25 * steps, 1.2 + 0.22 * len(rows)))
     from matplotlib.patches import Patch
 
     axes = figure.subplots()
     for y, row in enumerate(rows.values()):
-        for step, kind in row.items():
+        for step, (kind, share) in row.items():
             axes.broken_barh([(step - 0.5, 1)], (y - 0.45, 0.9), color=COLORS[kind], ec="white")
-    axes.set(xlim=(-0.5, steps - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="model call")
-    axes.set_yticks(range(len(rows)), list(rows))
+            if kind == "mixed":
+                axes.text(step, y, f"{share:.0%}", ha="center", va="center", fontsize=5)
+    axes.set(xlim=(-0.5, steps - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="step of the run")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    seen = {cell.kind for row in rows.values() for cell in row.values()}
     axes.legend(
-        handles=[Patch(color=color, label=kind) for kind, color in COLORS.items()],
+        handles=[Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in seen],
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), frameon=False,
     )  # fmt: skip
     save_figure(figure, path)

@@ -71,4 +71,13 @@ def lines(run: Request) -> list[str]:
     if aside:
         found.append(f"{aside} calls of modules fell back to their own forward")
     rows = ", ".join(f"{op} {row} {n}" for (op, row), n in sorted(run.rows.items()))
-    return [*found, f"rows that ran: {rows or 'none'}"]
+    return [*found, f"rows that ran: {rows or 'none'}", *_fallbacks(run)]
+
+
+def _fallbacks(run: Request) -> list[str]:
+    """Why the rows before one that ran refused, when it first ran."""
+    why = getattr(run.rows, "why", {})  # a run that nobody records has a plain counter
+    return [
+        f"  {op} ran {row}: " + ("; ".join(f"{k}: {v}" for k, v in reasons.items()) or "forced")
+        for (op, row), reasons in sorted(why.items())
+    ]

@@ -18,6 +18,7 @@ from fastdiff.cache import (
     EncoderPropagation,
     FirstBlock,
     Forecast,
+    GuidanceReuse,
     MagnitudeRatio,
 )
 from fastdiff.calibrate import magnitude_ratios
@@ -35,18 +36,18 @@ def candidates(network: nn.Module, ratios: Sequence[float] = ()) -> list[Any]:
     Args:
         ratios: of :func:`fastdiff.calibrate.magnitude_ratios`; empty: no MagnitudeRatio.
     """
-    every: list[Any] = [Broadcast(), Broadcast(order=1)]
+    every: list[Any] = [Broadcast(), Broadcast(order=1), GuidanceReuse()]
     if ratios:
         every += [MagnitudeRatio(ratios, threshold=t, most=5) for t in (0.03, 0.06, 0.12)]
     if not isinstance(unet_views.view(network), str):
         every += [DeepCache(n, branch) for branch in (0, 1, 2) for n in (2, 3, 5)]
         every += [DeepCache(n, order=1) for n in (2, 3)]
         every += [EncoderPropagation(n) for n in (2, 3)]
-        return [*every, [DeepCache(2), Broadcast()]]
+        return [*every, [DeepCache(2), Broadcast()], [DeepCache(3), GuidanceReuse()]]
     every += [Forecast(n, order) for order in (0, 1, 2) for n in (2, 3, 4, 6)]
     every += [FirstBlock(t) for t in (0.05, 0.1, 0.2)]
     every += [AccumulatedDistance(t) for t in (0.1, 0.2, 0.4)]
-    return [*every, [Forecast(2, 1), Broadcast()], [Forecast(3, 1), Broadcast()]]
+    return [*every, [Forecast(2, 1), Broadcast()], [Forecast(3, 1), GuidanceReuse()]]
 
 
 def default_fewer(steps: int) -> list[int]:

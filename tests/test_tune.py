@@ -124,7 +124,7 @@ def test_the_heat_map_of_a_run(tmp_path):
     rows = report.cells(digits.run.trace)
     assert list(rows) == [f"block {i}" for i in range(5)]
     (row,) = {tuple(row.items()): row for row in rows.values()}.values()
-    kinds = [row[s] for s in range(10)]
+    kinds = [row[s].kind for s in range(10)]
     assert kinds == ["full"] * 2 + ["forecast", "forecast", "full"] * 2 + ["forecast"] * 2
     report.heat_map(digits.run, tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.cache.first_block import Memory
 from fastdiff.engine.history import History, Streams
-from fastdiff.engine.request import Event, Request
+from fastdiff.engine.request import Event, Part, Request
 
 
 class Kept:
@@ -66,7 +66,7 @@ def decide(
     request: Request,
     policy: Any,
     kept: Kept,
-    part: str,
+    part: Part,
     batch: int,
     signal: Tensor | None = None,
     compact: bool = True,
@@ -80,7 +80,7 @@ def decide(
     step = request.step
 
     def note(computed: tuple[bool, ...], how: str) -> None:
-        request.trace.append(Event(step, request.slot, part, computed, how))
+        request.trace.append(Event(step, request.slot, part.name, computed, how, part.layout))
 
     def update(rows: Tensor | None, distance: Tensor | None = None) -> Callable[[], None]:
         if signal is None or not kept.storing:

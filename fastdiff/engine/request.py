@@ -18,6 +18,19 @@ from torch import Tensor
 _current: ContextVar[Request | None] = ContextVar("fastdiff_request", default=None)
 
 
+class Part(NamedTuple):
+    """What a decision is about.
+
+    Attributes:
+        name: "blocks 1-27", ...
+        layout: name of every block or stage of the network in its order, and whether the decision
+            is about it; the others always run. Empty where that is not known.
+    """
+
+    name: str
+    layout: tuple[tuple[str, bool], ...] = ()
+
+
 class Event(NamedTuple):
     """What one model call did: ``computed[b]`` of a part of the network, for every sample b."""
 
@@ -26,6 +39,7 @@ class Event(NamedTuple):
     part: str  # "blocks 1-27", "down 1-3", ...
     computed: tuple[bool, ...]  # False: reused or forecast
     how: str  # "full", "reuse", "forecast", ...
+    layout: tuple[tuple[str, bool], ...] = ()  # of Part: one object for all calls
 
 
 def _memory(value: Any, found: dict[int, int]) -> None:

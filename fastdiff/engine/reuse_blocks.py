@@ -22,7 +22,7 @@ from fastdiff.engine.decide import Kept, decide
 from fastdiff.engine.history import Streams, fits_of
 from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import BlockView
 
@@ -36,7 +36,7 @@ class Stack:
     ``rows`` is "all", or the indices of the samples that compute (None: none).
     """
 
-    def __init__(self, request: Request, policy: Policy, part: str, compact: bool) -> None:
+    def __init__(self, request: Request, policy: Policy, part: Part, compact: bool) -> None:
         self._request, self._policy, self._part, self._compact = request, policy, part, compact
         self.rows: str | Tensor | None = _ALL
         self._start: Streams = ()
@@ -88,6 +88,12 @@ def ends_of(policy: Policy) -> tuple[int, int]:
     if isinstance(policy, DeepCache):
         return policy.branch, policy.branch
     return (1, 0) if isinstance(policy, FirstBlock) else (0, 0)
+
+
+def part_of(first: int, stop: int, count: int) -> Part:
+    """Blocks ``first`` to ``stop - 1`` of ``count``."""
+    layout = tuple((f"block {i}", first <= i < stop) for i in range(count))
+    return Part(f"blocks {first}-{stop - 1}", layout)
 
 
 def _run(plain: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
@@ -142,7 +148,7 @@ def _wrap(view: BlockView, i: int, policy: Policy, patch: Patch) -> None:
 def drive(
     network: nn.Module,
     policy: Policy,
-    part: str,
+    part: Part,
     patch: Patch,
     view: BlockView,
 ) -> None:
@@ -154,7 +160,8 @@ def drive(
         if request is not None and request.slot is not None:
             off = why_off(network) or view.off(args, kwargs)
             if off:
-                request.trace.append(Event(request.step, request.slot, part, (), f"off: {off}"))
+                event = Event(request.step, request.slot, part.name, (), f"off: {off}", part.layout)
+                request.trace.append(event)
                 request.state.pop((request.slot, "blocks"), None)
             else:
                 stack = Stack(request, policy, part, not view.whole(args, kwargs))
@@ -181,6 +188,6 @@ def blocks(network: nn.Module, view: BlockView, policy: Policy, patch: Patch) ->
         )
     for i in range(count):
         _wrap(view, i, policy, patch)
-    part = f"blocks {head}-{count - 1 - tail}"
+    part = part_of(head, count - tail, count)
     drive(network, policy, part, patch, view)
-    return [f"{policy}: {part} are computed or reused"]
+    return [f"{policy}: {part.name} are computed or reused"]

@@ -17,7 +17,7 @@ from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.engine.history import History
 from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.reuse_unet import nothing
 from fastdiff.engine.view import Join, Stage, UNetView
 
@@ -109,7 +109,7 @@ def _drive(
     network: nn.Module,
     view: UNetView,
     policy: EncoderPropagation,
-    part: str,
+    part: Part,
     patch: Patch,
     reuse: _Reuse,
 ) -> None:
@@ -129,7 +129,9 @@ def _drive(
         else:
             request.state.pop((request.slot, "unet"), None)
         computed = (how != "reuse",) * x.shape[0]
-        request.trace.append(Event(request.step, request.slot, part, computed, how))
+        request.trace.append(
+            Event(request.step, request.slot, part.name, computed, how, part.layout)
+        )
         if call is not None and call.reuse:
             args, kwargs = view.trim(args, kwargs, 0, False)
             return reuse(plain, call, request, args, kwargs)
@@ -221,6 +223,11 @@ def encoder_propagation(
 
     several = policy.parallel > 1 and view.at_times is not None
     reuse = _several(view, policy) if several else _alone
-    _drive(network, view, policy, "the encoder", patch, reuse)
+    levels = list(range(len(view.down)))
+    layout = [(f"down {i}", True) for i in levels]
+    layout += [("middle", True)] if view.mid is not None else []
+    layout += [(f"up {i}", False) for i in reversed(levels)]
+    part = Part("the encoder", tuple(layout))
+    _drive(network, view, policy, part, patch, reuse)
     how = f"up to {policy.parallel} at once" if several else "one by one"
     return [f"{policy}: the encoder runs at key steps, the others are decoded {how}"]

@@ -22,7 +22,7 @@ from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Decision, Kept, decide
 from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import Join, Stage, UNetView
 
@@ -40,7 +40,7 @@ def nothing(args: _Args, kwargs: _Kwargs) -> Tensor:
 class Depths:
     """One call of a network: which samples compute what is below the join, what the others get."""
 
-    def __init__(self, request: Request, policy: Policy, part: str, x: Tensor) -> None:
+    def __init__(self, request: Request, policy: Policy, part: Part, x: Tensor) -> None:
         self._request, self._policy, self._part, self.batch = request, policy, part, x.shape[0]
         fits = (x.shape, x.dtype, x.device)
         self._kept = Kept.of(request, "unet", fits, policy)
@@ -93,7 +93,7 @@ def _drive(
     network: nn.Module,
     view: UNetView,
     policy: Policy,
-    part: str,
+    part: Part,
     trim: Callable[[_Args, _Kwargs], tuple[_Args, _Kwargs]],
     patch: Patch,
 ) -> None:
@@ -113,7 +113,9 @@ def _drive(
             request.state.pop((request.slot, "unet"), None)
             computed = (True,) * x.shape[0]
             how = f"off: {why}" if why else "full"
-            request.trace.append(Event(request.step, request.slot, part, computed, how))
+            request.trace.append(
+                Event(request.step, request.slot, part.name, computed, how, part.layout)
+            )
         else:
             call = Depths(request, policy, part, x)
             if not measured:
@@ -246,6 +248,30 @@ def _place(view: UNetView, branch: int) -> tuple[int, int]:
     return level, layer
 
 
+def _layers(stage: str, first: int, stop: int, skipped: bool) -> list[tuple[str, bool]]:
+    """Some layers of a stage as a row of a layout, if there are any."""
+    return [(f"{stage}, layers {first}-{stop - 1}", skipped)] if first < stop else []
+
+
+def _layout(view: UNetView, level: int, layer: int) -> tuple[tuple[str, bool], ...]:
+    """The stages and the middle, and which of them lie below the join of a skip."""
+    down: list[tuple[str, bool]] = []
+    up: list[tuple[str, bool]] = []
+    for i, stage in enumerate(view.down):
+        if i == level and layer:
+            down += _layers(f"down {i}", 0, layer, False)
+            down += _layers(f"down {i}", layer, stage.layers, True)
+        else:
+            down.append((f"down {i}", i >= level))
+    for i, stage in reversed(list(enumerate(reversed(view.up)))):
+        if i == level:
+            join = stage.layers - layer - 1
+            up += _layers(f"up {i}", 0, join, True) + _layers(f"up {i}", join, stage.layers, False)
+        else:
+            up.append((f"up {i}", i > level))
+    return (*down, *([("middle", True)] if view.mid is not None else []), *up)
+
+
 def branch_of(policy: Policy) -> int:
     """The skip at whose join a policy keeps features: a rule sees one layer first."""
     if isinstance(policy, DeepCache):
@@ -280,10 +306,11 @@ def depths(network: nn.Module, view: UNetView, policy: Policy, patch: Patch) -> 
             _skip(view.mid, patch)
         _enter(up[level], layer + 1, patch)
     skips = sum(stage.layers for stage in up[:level]) + layer + 1
-    part = f"below skip {branch} (level {level}, layer {layer})"
+    name = f"below skip {branch} (level {level}, layer {layer})"
+    part = Part(name, _layout(view, level, layer))
 
     def trim(args: _Args, kwargs: _Kwargs) -> Any:
         return view.trim(args, kwargs, skips, deepest)
 
     _drive(network, view, policy, part, trim, patch)
-    return [f"{policy}: reuse steps leave out what is {part}"]
+    return [f"{policy}: reuse steps leave out what is {name}"]

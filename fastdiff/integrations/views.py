@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdiff import ops
 from fastdiff.cache import AccumulatedDistance, FirstBlock
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.reuse_blocks import Policy, blocks, current_stack, drive, ends_of
+from fastdiff.engine.reuse_blocks import Policy, blocks, current_stack, drive, ends_of, part_of
 from fastdiff.engine.view import Block, BlockView, Streams
 from fastdiff.models import DiT
 from fastdiff.models.dit import EPS
@@ -168,9 +168,9 @@ def dit(network: DiT, policy: Policy, patch: Patch) -> list[str]:
         return plain(h, normed, mods, last, stop) if tail else (h, normed)
 
     patch.set(network, "layers", layers)
-    part = f"blocks {head}-{last - 1}"
+    part = part_of(head, last, count)
     drive(network, policy, part, patch, BlockView([]))
-    return [f"{policy}: {part} are computed or reused"]
+    return [f"{policy}: {part.name} are computed or reused"]
 
 
 def given(network: nn.Module, found: BlockView, policy: Policy, patch: Patch) -> list[str]:
