@@ -64,12 +64,8 @@ def use(*names: str) -> Iterator[None]:
 
 
 class Rows(Counter[tuple[str, str]]):
-    """Counts of the rows that ran.
-
-    Attributes:
-        why: of every row that is not its op's first: the sentences of those before it, in the
-            first call that it ran in; empty where the row was forced.
-    """
+    """Counts of the rows that ran; ``why`` has, of every row that is not its op's first, the
+    sentences of those before it in its first call: none where it was forced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,9 +117,8 @@ def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callab
         if counter is not None:
             key = (op, row.name)
             if key not in counter and row is not impls[0]:
-                before = impls[: list(impls).index(row)]
-                why = {} if names else {r.name: r.why_not(*args) or "" for r in before}
-                counter.why[key] = why
+                before = () if names else impls[: list(impls).index(row)]
+                counter.why[key] = {r.name: r.why_not(*args) or "" for r in before}
             counter[key] += 1
     return row.fn
 
