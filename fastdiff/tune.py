@@ -119,6 +119,7 @@ class Row:
     held_out: float  # and on the others
     worst_psnr: float = math.nan  # dB, of the worst held-out sample
     stopped: bool = False
+    refused: str = ""  # why it did not run at all: more than cache_bytes, say
 
 
 @dataclass
@@ -183,6 +184,7 @@ class Report:
         for r in sorted(self.rows, key=lambda r: r.speedup):
             met = "yes" if r.held_out >= 0 else "no"
             met = "stopped: missed by far" if r.stopped else met
+            met = f"refused: {r.refused}" if r.refused else met
             lines.append(
                 f"| {r.name} | {r.speedup:.2f} x | {r.psnr:.1f} | {r.worst_psnr:.1f} | "
                 f"{r.relative_l2:.4f} | {met} |"
@@ -198,7 +200,7 @@ class Report:
         figure = new_figure("Report.plot", (7, 4.5))
         axes = figure.subplots()
         fewer = sorted((r for r in self.rows if r.steps is not None), key=lambda r: r.speedup)
-        caches = [r for r in self.rows if r.steps is None]
+        caches = [r for r in self.rows if r.steps is None and not r.refused]
         axes.plot([r.speedup for r in fewer], [r.psnr for r in fewer], "o--", label="fewer steps")
         axes.plot([r.speedup for r in caches], [r.psnr for r in caches], "s", label="caches")
         for r in caches:
@@ -299,7 +301,13 @@ def _measure(
     plain: dict[str, Any],
 ) -> Row:
     """The row of one candidate, stopped after the first input where that is missed by far."""
-    first, fast = _timed(run, inputs[:1], **trial.how)
+    try:
+        first, fast = _timed(run, inputs[:1], **trial.how)
+    except ValueError as error:  # plain runs went well: it is this candidate's own
+        if trial.policy is None:
+            raise
+        nan, missed = math.nan, -math.inf
+        return Row(trial.name, trial.policy, None, 0, nan, nan, missed, missed, refused=str(error))
     _fits(trial.name, first[0], want[0])
     margin = target.margin(first[0], want[0])
     one = psnr(first[0], want[0])
@@ -352,7 +360,7 @@ def tune(
     Candidates are judged on the first half of the inputs; the choice must also meet the target on
     the second half, or the next fastest is taken. Each candidate is timed next to a plain run. One
     that misses by far on the first input (:meth:`Quality.hopeless`) is not run on the others; fewer
-    steps always are.
+    steps always are. A policy that raises ValueError in its first run has a row that says why.
 
     Args:
         run: ``run(input, cache=None, steps=n)`` gives samples ``[B, ...]``, the same for the same

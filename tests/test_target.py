@@ -114,6 +114,16 @@ def test_candidates_of_a_unet():
     assert not any(isinstance(p, MagnitudeRatio) for p in searching.candidates(unet))
 
 
+def test_a_candidate_over_the_limit_of_memory_is_told():
+    report = fastdiff.accelerate(
+        pipeline(), target=EASY, calibrate=inputs(), candidates=[Forecast()], fewer=[],
+        cache_bytes=10,
+    )  # fmt: skip
+    (row,) = report.rows
+    assert "cache_bytes is 10" in row.refused and report.chosen is None
+    assert "refused: accelerate: cache_bytes is 10" in str(report)
+
+
 def test_an_exception_in_the_middle_leaves_the_pipeline_clean():
     pipe = pipeline()
     before, seen = attributes(pipe), []
