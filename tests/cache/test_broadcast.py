@@ -154,7 +154,7 @@ def test_the_same_input_again_is_reused_and_gives_the_same(make, exact):
         with torch.no_grad():
             for part in parts:
                 for weight in part.module.parameters():
-                    weight.fill_(float("nan"))
+                    weight.data.fill_(float("nan"))  # unseen: no new version
         second = call(model, args, kwargs)
         known = [name for name, n in zip(NAMES, counts, strict=True) if n]
         assert {(e.step, e.part, e.how) for e in request.trace} == {
