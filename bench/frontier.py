@@ -227,6 +227,10 @@ def policies(name: str, ratios: Any, short: bool) -> Iterator[Any]:
             yield cache.Forecast(interval, order, warmup)
             if order == 2:
                 yield cache.Forecast(interval, order, warmup, method="adams")
+    deep = cache.DeepCache if name.startswith("unet") else cache.Forecast
+    grid = ((2, 3), (1,), (2,)) if short else ((2, 3, 4, 5), (1, 2), (2, 3))
+    for interval, order, turns in itertools.product(*grid):
+        yield [deep(interval, order=order), cache.GuidanceReuse(turns)]
     grid = ((0.2,), (1,), (2,)) if short else ((0.05, 0.1, 0.2, 0.4), (0, 1), (2, 3))
     for threshold, order, most in itertools.product(*grid):
         yield cache.FirstBlock(threshold, order=order, warmup=3, most=most)

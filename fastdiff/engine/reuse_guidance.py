@@ -49,7 +49,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next((kwargs[n] for n in _INPUTS if n in kwargs), None)
 
 
-def _never(network: nn.Module, x: Any) -> str:
+def _never(network: nn.Module, x: Any, others: Any) -> str:
     """Why a call cannot be two halves, as far as shapes and modules tell; "" where it may."""
     if not isinstance(x, Tensor):
         return "the input is no tensor"
@@ -58,7 +58,17 @@ def _never(network: nn.Module, x: Any) -> str:
     processors = getattr(network, "attn_processors", {}).values()
     if any("PAG" in type(p).__name__ for p in processors):
         return "perturbed attention guidance has branches of its own"
+    for t in pytree.tree_leaves(others):
+        rows = t.shape[0] if isinstance(t, Tensor) and t.dim() > 1 else 0
+        if rows > x.shape[0] and rows % x.shape[0] == 0 and not _is_position(t, others):
+            return f"an argument has {rows} rows, several for each of the {x.shape[0]} samples"
     return ""
+
+
+def _is_position(t: Tensor, kwargs: Any) -> bool:
+    """A table of tokens, whose rows are no samples'."""
+    names = [k for k in kwargs if k in ("img_ids", "txt_ids") or "rotary" in k]
+    return any(t is leaf for name in names for leaf in pytree.tree_leaves(kwargs[name]))
 
 
 def _check(request: Request, kept: _Kept, x: Tensor) -> None:
@@ -66,9 +76,13 @@ def _check(request: Request, kept: _Kept, x: Tensor) -> None:
     if kept.sure or kept.off or kept.step == request.step:
         return
     request.syncs += 1
-    kept.sure = torch.equal(*x.chunk(2))
+    first, second = x.chunk(2)
+    kept.sure = torch.equal(first, second)
     if not kept.sure:
         kept.off = "no guidance seen: the halves of the batch are different latents"
+    elif any(torch.equal(first[0], other) for other in first[1:]):
+        kept.sure = False
+        kept.off = "more than two branches seen: rows of one half are the same latents"
 
 
 class _First(NamedTuple):
@@ -196,7 +210,9 @@ def guidance(
         pair = request.step == 0 or ((model, 1), "guidance second") in request.state
         request.state.pop((model, "guidance first"), None)
         if pair and number == 0 and not off and known and len(pytree.tree_leaves(out)) == 1:
-            request.state[model, "guidance first"] = _First(request.step, x, x._version, out)
+            leaves, spec = pytree.tree_flatten(out)
+            copy = pytree.tree_unflatten([leaves[0].clone()], spec)  # the caller may write to it
+            request.state[model, "guidance first"] = _First(request.step, x, x._version, copy)
         return out
 
     def one_call(request: Request, args: Any, kwargs: Any) -> Any:
@@ -206,7 +222,7 @@ def guidance(
         def note(computed: tuple[bool, ...], how: str) -> None:
             request.trace.append(Event(request.step, request.slot, PART, computed, how))
 
-        why = why_off(network) or _never(network, x)
+        why = why_off(network) or _never(network, x, kwargs)
         if why:
             request.state.pop(key, None)
             note((True,) * batch, f"off: {why}")

@@ -33,7 +33,8 @@ def _sliced(value: Any, rows: slice, batch: int) -> Any:
     if isinstance(value, dict):
         return {key: _sliced(item, rows, batch) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_sliced(item, rows, batch) for item in value)
+        some = [_sliced(item, rows, batch) for item in value]
+        return type(value)(*some) if hasattr(value, "_fields") else type(value)(some)
     if isinstance(value, Tensor) and value.dim() >= 1 and value.shape[0] == batch:
         return value[rows]
     return value

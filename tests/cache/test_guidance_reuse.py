@@ -265,3 +265,36 @@ def test_two_calls_a_step_leave_out_the_second(order):
             torch.testing.assert_close(u, c + delta)
     alone, run = loop(both=False)  # guidance off: one call a step stays what it is
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, single, strict=True))
+
+
+@torch.no_grad()
+def test_more_than_two_branches_and_rows_of_frames_are_left_alone():
+    model, args, kwargs = networks.sd15()
+    four = args[0][:1].expand(4, -1, -1, -1)
+    text = networks.draw(4, 7, 24, seed=6)
+    want = model(four, 10, text, return_dict=False)[0]
+    fastdiff.accelerate(model, cache=GuidanceReuse(2), exact=False)
+    with fastdiff.request(6) as run:
+        for _ in range(5):
+            assert torch.equal(model(four, 10, text, return_dict=False)[0], want)
+    assert "more than two branches" in run.trace[-1].how
+    two = args[0][:1].expand(2, -1, -1, -1)
+    with fastdiff.request(6) as run, pytest.raises(Exception):  # noqa: B017
+        model(two, 10, encoder_hidden_states=text, return_dict=False)  # the network's own error
+    assert "an argument has 4 rows" in run.trace[0].how
+
+
+@torch.no_grad()
+def test_a_caller_may_write_into_the_conditional_output():
+    model, args, kwargs = networks.wan()
+    other = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"].flip(0)}
+    fastdiff.accelerate(model, cache=GuidanceReuse(2, alpha_low=0, alpha_high=0), exact=False)
+    outs = []
+    for factor in (1.0, 3.0):
+        with fastdiff.request(6, calls_per_step=2):
+            for _ in range(4):
+                cond = model(args[0], **kwargs, return_dict=False)[0]
+                cond.mul_(factor)
+                uncond = model(args[0], **other, return_dict=False)[0]
+        outs.append(uncond)
+    assert torch.equal(*outs)
