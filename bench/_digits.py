@@ -84,10 +84,11 @@ class Adapter(nn.Module):
         made = to_dit(ours) if isinstance(ours, models.DiT) else to_unet(ours)
         self.net = made if net is None else net
         self.num_classes, self.prediction = ours.num_classes, ours.prediction
-        self._tokens = None
+        tokens = None
         if isinstance(ours, models.UNet):
             table = ours.class_tokens.weight.detach()
-            self._tokens = table.view(len(table), -1, ours.config["cross_attention_dim"])
+            tokens = table.view(len(table), -1, ours.config["cross_attention_dim"])
+        self.register_buffer("_tokens", tokens)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """``[B, C, H, W]``."""

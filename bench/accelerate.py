@@ -143,7 +143,7 @@ def cases() -> list[Case]:
         arms = {"eager": call(plain, kwargs)}
         result.append(Case(f"{make.__name__} float32", call(ours, kwargs), arms, target=1.0))
     for name in ("dit-digits", "unet-digits"):
-        adapter = digits.Digits(name, 8).plain
+        adapter = digits.Digits(name, 8).plain.to(torch.empty(0).device)
         kwargs = dict(x=torch.randn(8, 1, 32, 32), t=torch.full((8,), 500.0), y=torch.arange(8))
         ours = adapter.twin()
         fastdiff.accelerate(ours.net)
