@@ -116,6 +116,33 @@ def test_two_interleaved_runs_of_two_sizes_are_as_alone(kind, name):
     assert all(map(torch.equal, alone(inputs[0]), want[0]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", [*PAIRS[: len(POLICIES)], ("taylor", "broadcast")], ids="+".join)
+def test_what_is_held_is_what_was_claimed_and_a_limit_is_obeyed(kind, names):
+    """With the prompt's keys and values, which are left out where there is no room."""
+    model, args, kwargs = KINDS[kind]()
+    policies = [WORKING[name] for name in names]
+    try:
+        fastdiff.accelerate(model, cache=policies)
+    except ValueError:
+        pytest.skip(f"{names} do not run on a {kind}")
+    free, request = run(model, args, kwargs)
+    held = request.peak_bytes
+    claimed = sum(request._claims.values())  # the most; a sample that reuses may keep less
+    assert 0 < held <= claimed
+    for limit in (claimed, held - 1, held // 2, 0):
+        fastdiff.restore(model)
+        fastdiff.accelerate(model, cache=policies, cache_bytes=limit)
+        try:
+            got, request = run(model, args, kwargs)
+        except ValueError as error:
+            assert f"cache_bytes is {limit}, but the caches of this run hold" in str(error)
+            assert limit < claimed
+        else:
+            assert request.peak_bytes <= limit
+            torch.testing.assert_close(got, free)
+
+
 class Residual(nn.Module):
     def __init__(self, width):
         super().__init__()

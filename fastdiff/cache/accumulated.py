@@ -76,5 +76,6 @@ class AccumulatedDistance:
         """Memory for the next step; the samples ``rows`` were computed, None: all of them."""
         kept = signal.clone()  # the network may write over what it is a view of
         if rows is None or distance is None:
-            return {"signal": kept, "sum": signal.new_zeros(signal.shape[0])}
+            wide = torch.promote_types(signal.dtype, torch.float32)
+            return {"signal": kept, "sum": signal.new_zeros(signal.shape[0], dtype=wide)}
         return {"signal": kept, "sum": distance.index_fill(0, rows, 0.0)}

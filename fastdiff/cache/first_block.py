@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastdiff.cache._check import rule
@@ -21,9 +22,11 @@ Memory = dict[str, Tensor]
 
 def relative_change(now: Tensor, then: Tensor) -> Tensor:
     """Mean absolute change over mean absolute value ``[B]`` of signals ``[B, ...]``; NaN where
-    either has one, or both changes and values are zero."""
+    either has one, or both changes and values are zero. The means of half-precision signals are
+    float32: what is added up over steps must not stop at three digits."""
     now, then = now.flatten(1), then.flatten(1)
-    return (now - then).abs().mean(1) / then.abs().mean(1)
+    wide = torch.promote_types(now.dtype, torch.float32)
+    return (now - then).abs().mean(1, dtype=wide) / then.abs().mean(1, dtype=wide)
 
 
 @dataclass(frozen=True)

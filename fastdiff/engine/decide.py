@@ -88,6 +88,8 @@ def decide(
 
         def remember() -> None:
             kept.memory = policy.update(kept.memory, signal, rows, distance)
+            size = sum(t.numel() * t.element_size() for t in kept.memory.values())
+            request.claim((kept.key, "rule"), size)
 
         return remember
 

@@ -135,6 +135,14 @@ class Request:
             )
         self._claims[key] = size
 
+    def allows(self, key: Hashable, size: int) -> bool:
+        """As :meth:`claim`, for what can as well be left out: False where it does not fit."""
+        try:
+            self.claim(key, size)
+        except ValueError:
+            return False
+        return True
+
     def forget(self, model: object) -> None:
         """Drop what is kept of ``model``: its caches begin anew."""
         for key in [key for key in self.state if _mentions(key, id(model))]:

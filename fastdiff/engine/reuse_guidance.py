@@ -76,12 +76,14 @@ def _check(request: Request, kept: _Kept, x: Tensor) -> None:
     if kept.sure or kept.off or kept.step == request.step:
         return
     request.syncs += 1
-    first, second = x.chunk(2)
-    kept.sure = torch.equal(first, second)
-    if not kept.sure:
+    first, second = x.flatten(1).chunk(2)
+    same = (first == second).all().view(1)
+    double = (first[1:] == first[:1]).all(1).any().view(1)
+    halves, more = torch.cat([same, double]).tolist()  # one wait
+    kept.sure = halves and not more
+    if not halves:
         kept.off = "no guidance seen: the halves of the batch are different latents"
-    elif any(torch.equal(first[0], other) for other in first[1:]):
-        kept.sure = False
+    elif more:
         kept.off = "more than two branches seen: rows of one half are the same latents"
 
 
@@ -211,6 +213,8 @@ def guidance(
         request.state.pop((model, "guidance first"), None)
         if pair and number == 0 and not off and known and len(pytree.tree_leaves(out)) == 1:
             leaves, spec = pytree.tree_flatten(out)
+            size = sum(t.numel() * t.element_size() for t in (x, leaves[0]))
+            request.claim((model, "guidance first"), size)
             copy = pytree.tree_unflatten([leaves[0].clone()], spec)  # the caller may write to it
             request.state[model, "guidance first"] = _First(request.step, x, x._version, copy)
         return out

@@ -1,7 +1,8 @@
 """Changes of a network's weights within a run: caches must not go on with features of the old ones.
 
 Seen are writes to parameters in place, and adapters of PEFT that are loaded, switched or scaled.
-Not seen are writes through ``.data``, which change no version.
+Not seen are writes through ``.data``, which change no version, and parameters that others take
+the place of.
 """
 
 from __future__ import annotations

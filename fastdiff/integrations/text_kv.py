@@ -17,8 +17,22 @@ from fastdiff.integrations.rules import readable
 _MOST = 4  # prompts kept of a layer: guidance calls the network with two in turn
 
 
+class _Owners:
+    """The prompt's storage and the weights: held, but not memory of the cache."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: tuple[Tensor, ...]):
+        self.tensors = tensors
+
+    def are(self, tensors: tuple[Tensor, ...]) -> bool:
+        """The same objects."""
+        same = len(self.tensors) == len(tensors)
+        return same and all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+
+
 class _Entry(NamedTuple):
-    owners: tuple[Tensor, ...]  # the prompt's storage and the weights
+    owners: _Owners
     mark: tuple[Any, ...]
     pair: tuple[Tensor, Tensor] | None  # None at first sight: a prompt seen once is not kept
 
@@ -42,13 +56,15 @@ def project(module: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     mark = (*shape, context._version, *(t._version for t in owners))
     entries: list[_Entry] = request.state.setdefault(("text_kv", id(module)), [])
     for i, entry in enumerate(entries):
-        same = len(entry.owners) == len(owners) and entry.mark == mark
-        if same and all(a is b for a, b in zip(entry.owners, owners, strict=True)):
+        if entry.mark == mark and entry.owners.are(owners):
             if entry.pair is not None:
                 return entry.pair
             pair = module.to_k(context), module.to_v(context)
-            entries[i] = _Entry(owners, mark, pair)
+            kept = [t for e in entries for t in e.pair or ()] + list(pair)
+            size = sum(t.numel() * t.element_size() for t in kept)
+            if request.allows(("text_kv", id(module)), size):  # else projected at every step
+                entries[i] = _Entry(_Owners(owners), mark, pair)
             return pair
-    entries.append(_Entry(owners, mark, None))
+    entries.append(_Entry(_Owners(owners), mark, None))
     del entries[:-_MOST]
     return module.to_k(context), module.to_v(context)

@@ -324,3 +324,17 @@ def test_bad_settings():
             make()
     with pytest.raises(ValueError, match="does not run on Linear"):
         fastdiff.accelerate(torch.nn.Linear(2, 2), cache=FirstBlock())
+
+
+def test_small_changes_add_up_in_half_precision():
+    """bfloat16 has three digits: a sum of 0.5 would not grow by 0.001 any more."""
+    policy, memory = AccumulatedDistance(9.0), {}
+    signal = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
+    memory = policy.update(memory, signal, None, None)
+    for i in range(1000):
+        signal = signal.clone()
+        signal[0, i] += 1.0  # mean change 1 / 4096
+        distance = policy.distance(memory, signal)
+        memory = policy.update(memory, signal, torch.tensor([], dtype=torch.int64), distance)
+    want = sum(1 / (4096 + i) for i in range(1000))
+    assert memory["sum"].item() == pytest.approx(want, rel=1e-3)
