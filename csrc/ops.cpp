@@ -47,6 +47,9 @@ TORCH_LIBRARY(fastdiff, m) {
       "Tensor? ref, Tensor? select, Tensor? stored, bool keep) -> (Tensor, Tensor)");
   // seed, slot [B]; step [1|B] -> float32 [B, numel]
   m.def("philox_normal(Tensor seed, Tensor slot, Tensor step, int stream, SymInt numel) -> Tensor");
+  // x [B,C,H,W]; weight [N,C,3,3]; bias [N] or [B,N]; add like the result -> [B,N,H,W]
+  // channels-last, H and W twice those of x where upsample
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor");
   m.def("geglu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64

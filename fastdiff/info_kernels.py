@@ -30,13 +30,17 @@ _LIBRARY = "torch's own matrix product"
 _BOUND = "none: bound by memory, and Triton's reads and writes each element once as well"
 # Ops without a CUDA kernel, and why.
 NO_CUDA = {
+    "conv3x3": "none: cuDNN, row torch",
     "geglu": _BOUND,
     "gelu_tanh": _BOUND,
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
     "qk_norm_rope": _BOUND,
 }
 NO_NATIVE = {"linear": f"none: {_LIBRARY} (oneDNN, rows onednn and upcast)"}
-NO_TRITON = {"linear": f"none: {_LIBRARY} (cuBLAS, row torch)"}
+NO_TRITON = {
+    "conv3x3": "none: cuDNN, row torch",
+    "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
+}
 Found = dict[tuple[str, str], list[dict[str, Any]]]  # (op, dtype): compiled kernels
 
 

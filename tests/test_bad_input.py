@@ -34,6 +34,7 @@ def good(op):
             q=q, k=q, v=q, bias=torch.zeros(2, 2, 5, 5), key_lengths=index(2) + 3,
             q_index=index(2, 4),
         ),
+        "conv3x3": dict(x=q, weight=ones(3, 2, 3, 3), bias=ones(2, 3), add=ones(2, 3, 5, 8)),
         "fused_step": dict(
             x=q, m=torch.stack((q, q)), w=ones(2, 2), coef=torch.zeros(2, rows), step=index(2),
             h1=q, h2=q, mask=ones(2, 1, 5, 8), ref=q, stored=q,
@@ -215,6 +216,7 @@ CALLS = dict(
     gate_residual=dict(x=x, y=x, gate=x[:, 0]),
     gate_residual_norm_modulate=dict(x=x, y=x, gate=x[:, 0], shift=x[:, 0], scale=x[:, 0],
                                      weight=one(8), bias=one(8)),
+    conv3x3=dict(x=q, weight=one(3, 2, 3, 3), bias=one(2, 3), add=one(2, 3, 5, 8)),
     group_norm_silu=dict(x=q, num_groups=1, weight=one(2), bias=one(2), shift=one(2, 2),
                          scale=one(2, 2)),
     fused_step=dict(x=q, m=torch.stack((q, q)), w=one(2, 2), coef=torch.zeros(2, 14),
@@ -246,8 +248,8 @@ SPOIL = dict(
     negative=lambda t: t - 1000 if t.dtype == long else None,
     meta=lambda t: t.to("meta"),
 )
-FLAGS = dict(eps=1e-6, rms=False, silu=True, tanh=False, interleaved=True, stream=0, keep=True,
-             numel=7)
+FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
+             keep=True, numel=7)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}

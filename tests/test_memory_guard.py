@@ -61,6 +61,12 @@ def calls(dtype):
         extra = dict(shift=r(b, c), scale=r(b, c))
         yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra
         yield "group_norm_silu", (r(b, h, w, c).movedim(-1, 1), g, r(c), r(c)), extra
+    for b, c, h, w, n in ((1, 1, 5, 5, 1), (2, 7, 5, 9, 17), (1, 65, 16, 4, 130)):
+        x = r(b, c, h, w), r(b, h, w, c).movedim(-1, 1)
+        for up in (False, True):
+            add = r(b, h << up, w << up, n).movedim(-1, 1)
+            for y, bias in zip(x, (r(n), r(b, n))):
+                yield "conv3x3", (y, r(n, c, 3, 3), bias), dict(add=add, upsample=up)
     for b, h, s, t, d in ((1, 1, 1, 1, 1), (2, 2, 5, 7, 8), (1, 2, 9, 17, 40), (1, 1, 33, 65, 72)):
         q, k, v = r(b, h, s, d), r(b, h, t, d), r(b, h, t, d)
         yield "attention", (q, k, v), {}

@@ -1,7 +1,7 @@
-"""U-Nets: residual blocks with fused norm and SiLU, everything channels-last inside.
+"""U-Nets: fused norm and SiLU, convolutions with what surrounds them, channels-last inside.
 
 Channels-last is oneDNN's and cuDNN's layout, and pixels are then tokens without a copy: the first
-convolution's input is laid out so, what follows keeps it, and the last one's output goes back.
+convolution's output is laid out so, what follows keeps it, and the last one's output goes back.
 """
 
 from __future__ import annotations
@@ -10,9 +10,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.integrations.rules import Rule, readable, usable
+from fastdiff.integrations.rules import Rule, readable, usable, weights_fit
+
+
+def _same_size(module: Any, x: Tensor) -> bool:
+    """A 3x3 convolution of stride 1 that keeps the size."""
+    return (
+        x.dim() == 4
+        and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
+        and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
+    )
+
+
+def _plain(module: Any, x: Tensor) -> bool:
+    """It keeps the size, and its weights may be read."""
+    return readable(module, nn.Conv2d, x) and _same_size(module, x)
+
+
+def _convolve(
+    module: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """``module(up(x)) + bias + add``; x ``[B, C, H, W]``, bias ``[B, N]``."""
+    if _plain(module, x) and all(t is None or t.dtype == x.dtype for t in (bias, add)):
+        own = module.bias
+        both = own if bias is None else bias if own is None else own + bias
+        return ops.conv3x3(x, module.weight, both, add=add, upsample=upsample)
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    y: Tensor = module(x)
+    if bias is not None:
+        y = y + bias[:, :, None, None]
+    return y if add is None else add + y
 
 
 def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -30,38 +65,66 @@ def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **k
         or not readable(n2, nn.GroupNorm, x)
     ):
         return type(self).forward(self, x, temb, *args, **kwargs)
-    h = self.conv1(ops.group_norm_silu(x, n1.num_groups, n1.weight, n1.bias, eps=n1.eps))
+    h = ops.group_norm_silu(x, n1.num_groups, n1.weight, n1.bias, eps=n1.eps)
     if self.time_emb_proj is not None:
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-    scale = shift = None
+    scale = shift = bias = None
     if self.time_embedding_norm == "scale_shift":
         assert temb is not None
         scale, shift = temb.chunk(2, dim=1)
-    elif temb is not None:
-        h = h + temb[:, :, None, None]
+    else:
+        bias = temb
+    h = _convolve(self.conv1, h, bias)
     h = ops.group_norm_silu(
         h, n2.num_groups, n2.weight, n2.bias, shift=shift, scale=scale, eps=n2.eps
     )
-    h = self.conv2(self.dropout(h))
-    out = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+    x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    out = _convolve(self.conv2, self.dropout(h), add=x)
     return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+
+def upsample(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``Upsample2D`` by nearest neighbours and a 3x3 convolution."""
+    x = hidden_states
+    if (
+        args
+        or any(value is not None for value in kwargs.values())
+        or not usable(self, x)
+        or not self.use_conv
+        or self.use_conv_transpose
+        or not self.interpolate
+        or self.norm is not None
+        or not _plain(self.conv if self.name == "conv" else self.Conv2d_0, x)
+    ):
+        return type(self).forward(self, x, *args, **kwargs)
+    return _convolve(self.conv if self.name == "conv" else self.Conv2d_0, x, upsample=True)
 
 
 def conv_in(self: Any, input: Tensor) -> Tensor:
     """A U-Net's first convolution: from here on channels-last."""
-    if usable(self, input):
-        input = input.contiguous(memory_format=torch.channels_last)
-    return nn.Conv2d.forward(self, input)
+    if not usable(self, input):
+        return nn.Conv2d.forward(self, input)
+    # Not the input: of one channel both layouts are the same to torch.
+    return _own(self, input).contiguous(memory_format=torch.channels_last)
 
 
 def conv_out(self: Any, input: Tensor) -> Tensor:
     """A U-Net's last convolution: contiguous, as its callers know it."""
-    out = nn.Conv2d.forward(self, input)
-    return out.contiguous() if usable(self, input) else out
+    if not usable(self, input):
+        return nn.Conv2d.forward(self, input)
+    return _own(self, input).contiguous()
+
+
+def _own(self: Any, x: Tensor) -> Tensor:
+    """The convolution itself: inside of its ``forward``, whoever wraps that."""
+    if _same_size(self, x) and weights_fit(self, x):
+        return ops.conv3x3(x, self.weight, self.bias)
+    return nn.Conv2d.forward(self, x)
 
 
 RULES: dict[str, tuple[str, Rule]] = {
-    "diffusers.models.resnet.ResnetBlock2D": ("group_norm_silu", resnet),
+    "diffusers.models.resnet.ResnetBlock2D": ("group_norm_silu and conv3x3", resnet),
+    "diffusers.models.upsampling.Upsample2D": ("conv3x3", upsample),
 }
 ENDS: dict[str, Rule] = {"conv_in": conv_in, "conv_out": conv_out}
 UNETS = {

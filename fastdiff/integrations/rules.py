@@ -48,6 +48,11 @@ def _weight_fits(w: Any, x: Tensor) -> bool:
     return w is None or (type(w) is nn.Parameter and w.dtype == x.dtype and w.device == x.device)
 
 
+def weights_fit(module: Any, x: Tensor) -> bool:
+    """Weight and bias, where it has them, are parameters of the dtype and device of ``x``."""
+    return _weight_fits(module.weight, x) and _weight_fits(module.bias, x)
+
+
 def readable(module: Any, cls: type[nn.Module], x: Tensor) -> bool:
     """``module`` is exactly a ``cls`` and nobody listens to its calls, so that reading its weight
     and bias is the same as calling it; they have the dtype and device of ``x``. A ``forward`` of
@@ -57,8 +62,7 @@ def readable(module: Any, cls: type[nn.Module], x: Tensor) -> bool:
         and isinstance(module.__dict__.get("forward"), NoneType | MethodType)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and _weight_fits(module.weight, x)
-        and _weight_fits(module.bias, x)
+        and weights_fit(module, x)
     )
 
 

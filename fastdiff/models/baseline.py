@@ -68,7 +68,7 @@ class PlainUNet(UNet):
             timestep_embedding(t, self.conv_in.out_channels).to(dtype)
         )
         time = F.silu(self.time_embedding.linear_2(F.silu(time)))
-        h = self.conv_in(x.to(dtype).contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(x.to(dtype)).contiguous(memory_format=torch.channels_last)
         skips = [h]
         for stage in self.down_blocks:
             for i in range(len(stage.resnets)):

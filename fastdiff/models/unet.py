@@ -37,16 +37,19 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         n1, n2 = self.norm1, self.norm2
         time = ops.linear(time, self.time_emb_proj.weight, self.time_emb_proj.bias)
-        h = self.conv1(ops.group_norm_silu(x, n1.num_groups, n1.weight, n1.bias, eps=n1.eps))
+        h = ops.group_norm_silu(x, n1.num_groups, n1.weight, n1.bias, eps=n1.eps)
         scale = shift = None
+        bias: Any = self.conv1.bias
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=-1)
         else:
-            h = h + time[:, :, None, None]
+            bias = bias + time  # one of each sample
+        h = ops.conv3x3(h, self.conv1.weight, bias)
         h = ops.group_norm_silu(
             h, n2.num_groups, n2.weight, n2.bias, shift=shift, scale=scale, eps=n2.eps
         )
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + self.conv2(h)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return ops.conv3x3(h, self.conv2.weight, self.conv2.bias, add=x)
 
 
 class Attention(nn.Module):
@@ -184,7 +187,8 @@ class _Up(_Stage):
             if len(self.attentions):
                 h = self.attentions[i](h, context)
         if self.upsamplers is not None:
-            h = self.upsamplers[0].conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            conv = self.upsamplers[0].conv
+            h = ops.conv3x3(h, conv.weight, conv.bias, upsample=True)
         return h
 
 
@@ -370,8 +374,9 @@ class UNet(nn.Module):
         self.check(x, t, y, context)
         context = self.tokens(y, context)
         time = self.condition(t)
-        # Channels-last: oneDNN's and cuDNN's layout, and pixels are then tokens without a copy.
-        h = self.conv_in(x.to(time.dtype).contiguous(memory_format=torch.channels_last))
+        # Channels-last: oneDNN's and cuDNN's layout, and pixels are then tokens without a copy. The
+        # result is laid out, not x: of one channel both layouts are the same to torch.
+        h = self.conv_in(x.to(time.dtype)).contiguous(memory_format=torch.channels_last)
         skips: tuple[Tensor, ...] = (h,)
         for stage in self.down_blocks:
             h, more = stage(h, time, context)
@@ -383,4 +388,5 @@ class UNet(nn.Module):
             skips = skips[:-count]
         n = self.conv_norm_out
         h = ops.group_norm_silu(h, n.num_groups, n.weight, n.bias, eps=n.eps)
-        return self.conv_out(h).to(x.dtype)
+        h = ops.conv3x3(h, self.conv_out.weight, self.conv_out.bias)
+        return h.contiguous().to(x.dtype)

@@ -1,6 +1,7 @@
 """The ops: a file each, with the maths, the reference, the rows and the public function."""
 
 from fastdiff.ops.attention import GroupBias, attention
+from fastdiff.ops.conv3x3 import conv3x3
 from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
@@ -19,6 +20,7 @@ __all__ = [
     "Noise",
     "attention",
     "axial_rope",
+    "conv3x3",
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
