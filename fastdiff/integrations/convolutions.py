@@ -83,20 +83,23 @@ def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **k
     return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
 
-def upsample(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``Upsample2D`` by nearest neighbours and a 3x3 convolution."""
+def upsample(
+    self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """``Upsample2D`` to twice the size by nearest neighbours and a 3x3 convolution."""
     x = hidden_states
     if (
         args
-        or any(value is not None for value in kwargs.values())
+        or kwargs
         or not usable(self, x)
+        or (output_size is not None and tuple(output_size) != tuple(2 * n for n in x.shape[2:]))
         or not self.use_conv
         or self.use_conv_transpose
         or not self.interpolate
         or self.norm is not None
         or not _plain(self.conv if self.name == "conv" else self.Conv2d_0, x)
     ):
-        return type(self).forward(self, x, *args, **kwargs)
+        return type(self).forward(self, x, output_size, *args, **kwargs)
     return _convolve(self.conv if self.name == "conv" else self.Conv2d_0, x, upsample=True)
 
 
@@ -122,11 +125,38 @@ def _own(self: Any, x: Tensor) -> Tensor:
     return nn.Conv2d.forward(self, x)
 
 
+def pointwise(self: Any, input: Tensor) -> Tensor:
+    """A 1x1 convolution: a linear layer over pixels, where they are tokens (channels-last)."""
+    x = input
+    if (
+        not usable(self, x)
+        or x.dim() != 4
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not weights_fit(self, x)
+    ):
+        return nn.Conv2d.forward(self, x)
+    return ops.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def parts(unet: nn.Module) -> dict[nn.Module, tuple[str, Rule]]:
+    """Rules of single convolutions of a U-Net: its first and last, and those of 1x1."""
+    found: dict[nn.Module, tuple[str, Rule]] = {}
+    for module in unet.modules():
+        if type(module) is nn.Conv2d and (
+            (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+            and module.groups == 1
+        ):
+            found[module] = "linear", pointwise
+    for name, rule in (("conv_in", conv_in), ("conv_out", conv_out)):
+        if type(getattr(unet, name, None)) is nn.Conv2d:
+            found[getattr(unet, name)] = "conv3x3 and channels-last memory", rule
+    return found
+
+
 RULES: dict[str, tuple[str, Rule]] = {
     "diffusers.models.resnet.ResnetBlock2D": ("group_norm_silu and conv3x3", resnet),
     "diffusers.models.upsampling.Upsample2D": ("conv3x3", upsample),
 }
-ENDS: dict[str, Rule] = {"conv_in": conv_in, "conv_out": conv_out}
 UNETS = {
     "diffusers.models.unets.unet_2d.UNet2DModel",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",

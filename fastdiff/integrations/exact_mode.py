@@ -40,17 +40,14 @@ def exact(network: nn.Module, patch: Patch) -> list[str]:
     """
     changed: Counter[tuple[str, str]] = Counter()
     left: Counter[tuple[str, str]] = Counter()
-    ends: dict[nn.Module, Any] = {}
+    single: dict[nn.Module, tuple[str, Any]] = {}
     for module in network.modules():
         if class_name(module) in convolutions.UNETS:
-            for name, end in convolutions.ENDS.items():
-                if type(getattr(module, name, None)) is nn.Conv2d:
-                    ends[getattr(module, name)] = end
+            single |= convolutions.parts(module)
     for module in network.modules():
         kind = type(module).__name__
         op, rule = RULES.get(class_name(module), ("", None))
-        if module in ends:
-            op, rule = "channels-last memory", ends[module]
+        op, rule = single.get(module, (op, rule))
         why = _why_left(module)
         if rule is None:
             if hasattr(module, "processor") and hasattr(module, "to_q"):

@@ -48,7 +48,9 @@ class Resnet(nn.Module):
         h = ops.group_norm_silu(
             h, n2.num_groups, n2.weight, n2.bias, shift=shift, scale=scale, eps=n2.eps
         )
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        if (shortcut := self.conv_shortcut) is not None:  # over pixels, which are tokens
+            pixels = x.permute(0, 2, 3, 1)
+            x = ops.linear(pixels, shortcut.weight.flatten(1), shortcut.bias).permute(0, 3, 1, 2)
         return ops.conv3x3(h, self.conv2.weight, self.conv2.bias, add=x)
 
 
