@@ -70,6 +70,28 @@ def _steps_to_come(pipe: Any) -> int | None:
     return len(times) - int(getattr(scheduler, "begin_index", None) or 0)
 
 
+# Pipelines of diffusers whose first call of a step holds both branches where they are guided.
+_HALVES = (
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "StableDiffusion3",
+    "StableDiffusionControlNet",
+    "StableDiffusionXLControlNet",
+    "StableDiffusion3ControlNet",
+)
+
+
+def _guided(pipe: Any) -> bool | None:
+    """The call that begins is guided, where that is known of the pipeline's class."""
+    if not type(pipe).__module__.startswith("diffusers."):  # nobody's subclass, that is
+        return None
+    name = type(pipe).__name__
+    for kind in ("Pipeline", "Img2ImgPipeline", "InpaintPipeline", "InpaintingPipeline"):
+        if name.endswith(kind) and name.removesuffix(kind) in _HALVES:
+            return bool(pipe.do_classifier_free_guidance)
+    return None
+
+
 def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> None:
     plain, weights = network.forward, Watch(network)
 
@@ -78,8 +100,10 @@ def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> N
         if request is None:
             acceleration.lonely += 1
             return plain(*args, **kwargs)
-        if request.steps is None and request.owner is acceleration:
-            request.steps = _steps_to_come(pipe)
+        if request.owner is acceleration:
+            request.guided = _guided(pipe)
+            if request.steps is None:
+                request.steps = _steps_to_come(pipe)
         if acceleration.cache_bytes is not None:
             request.limit = acceleration.cache_bytes
         if acceleration.policies and not request.static:

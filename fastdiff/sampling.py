@@ -47,6 +47,8 @@ def sample(
         scope = accelerated(model, cache=cache, exact=False)
     with scope, request(len(times), calls_per_step=1) as run:
         run.times = times
+        shape = list(x.shape if isinstance(x, Tensor) else x)
+        run.samples = shape[0] if shape and isinstance(shape[0], int) else None
         acceleration = acceleration_of(network)
         assert acceleration is not None
         acceleration.last = run

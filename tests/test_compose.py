@@ -12,12 +12,13 @@ from fastdiff import cache
 from fastdiff.cache.parse import POLICIES
 from fastdiff.testing import load_file
 
-networks = load_file(Path(__file__).parent / "integrations" / "networks.py")
+HERE = Path(__file__).parent / "integrations"
+networks, more = load_file(HERE / "networks.py"), load_file(HERE / "more_networks.py")
 
 # Settings that compute everything, and some that do not, for every policy there is.
 NEUTRAL = {
     "accumulated": cache.AccumulatedDistance(0),
-    "broadcast": cache.Broadcast(1, 1, 1),
+    "broadcast": cache.Broadcast(1, 1, 1, temporal_attention=1),
     "deepcache": cache.DeepCache(1),
     "encoder": cache.EncoderPropagation(1),
     "firstblock": cache.FirstBlock(0),
@@ -84,6 +85,44 @@ def test_policies_compose_or_refuse_with_a_sentence(kind, names):
         assert after[0].keys() == before[0].keys()
         assert [d.keys() for d in after[1]] == [d.keys() for d in before[1]]
     assert torch.equal(run(model, args, kwargs)[0], plain)
+
+
+def cached(model, args, kwargs, policies, steps):
+    """Outputs of a run; None where the policies are refused with a sentence."""
+    try:
+        fastdiff.accelerate(model, cache=policies)
+    except ValueError as error:
+        assert str(error).startswith(("accelerate: cache ", "Broadcast: "))
+        return None
+    try:
+        return run(model, args, kwargs, steps)[0]
+    finally:
+        fastdiff.restore(model)
+
+
+@pytest.mark.parametrize("make", (*networks.NETWORKS, more.cogvideox), ids=lambda f: f.__name__)
+def test_neutral_settings_leave_every_network_alone(make):
+    """To the bit, each policy and each pair of them, on the exact mode."""
+    model, args, kwargs = make()
+    exact, ran = cached(model, args, kwargs, [], 3), set()
+    for names in PAIRS:
+        got = cached(model, args, kwargs, [NEUTRAL[name] for name in names], 3)
+        if got is not None:
+            assert torch.equal(got, exact), names
+            ran.add(names)
+    alone = {name for (name,) in (names for names in ran if len(names) == 1)}
+    assert alone >= set(POLICIES) - {"encoder"}  # which is for U-Nets
+    assert {("broadcast", "guidance"), ("broadcast", "deepcache"), ("deepcache", "guidance")} <= ran
+
+
+@pytest.mark.parametrize("make", (networks.sd15, networks.flux, networks.wan))
+def test_a_neutral_policy_next_to_a_working_one_changes_nothing(make):
+    model, args, kwargs = make()
+    for name in POLICIES:
+        alone = cached(model, args, kwargs, [WORKING[name]], 5)
+        for other in set(POLICIES) - {name} if alone is not None else ():
+            got = cached(model, args, kwargs, [WORKING[name], NEUTRAL[other]], 5)
+            assert got is None or torch.equal(got, alone), (name, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)

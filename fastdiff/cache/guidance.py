@@ -37,6 +37,9 @@ class GuidanceReuse:
         cutoff: radius of the low frequencies, in units of the highest one along an axis.
         order: which half of a batch is unconditional; "auto": as pipelines of the network's class
             have it ("cond first" for diffusers' DiT, "uncond first" for all others).
+        compare: where nobody says whether a batch of an even number of rows holds both branches
+            (``fastdiff.sample`` and diffusers' Stable Diffusion pipelines say it), the host waits
+            once to compare its halves. False: it does hold them, as you know.
 
     Raises:
         ValueError: an argument does not fit.
@@ -49,6 +52,7 @@ class GuidanceReuse:
     alpha_high: float = 0.2
     cutoff: float = 0.25
     order: str = "auto"
+    compare: bool = True
 
     def __post_init__(self) -> None:
         who = "GuidanceReuse"
@@ -59,6 +63,8 @@ class GuidanceReuse:
         for name in ("alpha_low", "alpha_high"):
             number(who, name, getattr(self, name), -1, most, "a number of at least -1")
         number(who, "cutoff", self.cutoff, 0, most, "a number of at least 0")
+        if not isinstance(self.compare, bool):
+            raise ValueError(f"{who}: compare is {self.compare!r}, need True or False")
         if self.order not in ORDERS:
             raise ValueError(f"{who}: order is {self.order!r}, need one of {', '.join(ORDERS)}")
 

@@ -51,12 +51,14 @@ def _histories(value: Any) -> Iterator[History]:
 
 def _decisions(policies: Sequence[Any], step: int, steps: int | None) -> Hashable:
     """What static policies say of a step."""
-    found: list[bool] = []
+    found: list[Hashable] = []
     for policy in policies:
         if isinstance(policy, Broadcast):
             found += [policy.computes(kind, step, steps) for kind in KINDS]
-        else:
-            found.append(policy.full(step, steps))
+            continue
+        found.append(policy.full(step, steps))
+        if isinstance(policy, GuidanceReuse) and not found[-1]:
+            found.append(policy.weights(step, steps))
     return tuple(found)
 
 
@@ -96,10 +98,17 @@ class Slot:
         network: accelerated.
         leaves: of the arguments; tensors become buffers, anything else is a constant.
         spec: their structure.
+        told: what the run says of the call's batch: guided, samples.
     """
 
-    def __init__(self, network: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec):
-        self.network, self._spec = network, spec
+    def __init__(
+        self,
+        network: nn.Module,
+        leaves: Sequence[Any],
+        spec: pytree.TreeSpec,
+        told: tuple[bool | None, int | None],
+    ):
+        self.network, self._spec, self._told = network, spec, told
         self._constants = [None if isinstance(v, Tensor) else v for v in leaves]
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
         self.inputs = [leaves[i].detach().clone() for i in self._places]
@@ -118,6 +127,7 @@ class Slot:
         """The request under which one call runs."""
         inner = Request(steps)
         inner.static, inner.step, inner.state = True, step, self.state
+        inner.guided, inner.samples = self._told
         inner.count(self.network, number)
         return inner
 
@@ -180,11 +190,6 @@ class Programs(nn.Module):
                     f"Programs: cache is {policy!r}, which decides from features and waits for "
                     "them; need a schedule, such as fastdiff.calibrate.frozen makes of it"
                 )
-            if isinstance(policy, GuidanceReuse) and not policy.neutral:
-                raise ValueError(
-                    f"Programs: cache is {policy!r}, which compares the halves of a batch and "
-                    "waits for that; need another policy"
-                )
             if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
                 raise ValueError(
                     f"Programs: cache is {policy!r}, which decodes several steps at once; need "
@@ -213,7 +218,7 @@ class Programs(nn.Module):
 
         Raises:
             RuntimeError: another run has begun since the current one did.
-            ValueError: the caches would hold more than the run's limit.
+            ValueError: the caches would hold more than the run's limit, or one has to wait.
         """
         request = current()
         if request is None:
@@ -257,9 +262,16 @@ class Programs(nn.Module):
     def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> Slot:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         look = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in leaves]
-        key = (number, str(spec), tuple(look))
+        told = request.guided, request.samples
+        key = (number, str(spec), tuple(look), told)
         if key not in self._slots:
-            slot = Slot(self.network, leaves, spec)
+            compares = (p for p in self._policies if isinstance(p, GuidanceReuse) and p.compare)
+            if told == (None, None) and any(not p.neutral for p in compares):
+                raise ValueError(
+                    "Programs: GuidanceReuse compares the halves of a batch and waits for that, as "
+                    "the run does not say what a batch holds; need GuidanceReuse(compare=False)"
+                )
+            slot = Slot(self.network, leaves, spec, told)
             slot.prepare(number, request.steps)
             self._slots[key] = slot
         return self._slots[key]

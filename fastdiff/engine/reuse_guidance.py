@@ -5,6 +5,7 @@ another: independent samples may start from one noise, but then differ from the 
 where they do not, because their conditions are the same, the difference is zero and its reuse
 exact. The host waits for that comparison once a run, and again where
 the batch changes its size (guidance in an interval). A batch that does not pass it is left alone.
+Where the run says what a batch holds (:meth:`Request.halves`), or the policy does, nothing waits.
 
 Two calls a step, the conditional one first and both with the same tensor of latents (Wan), are
 guidance without a comparison: reuse steps leave out the second.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastdiff.cache.guidance import GuidanceReuse, weigh
+from fastdiff.engine.history import History
 from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Event, Request, current
@@ -36,13 +38,13 @@ _INPUTS = ("hidden_states", "sample", "x")
 
 @dataclass
 class _Kept:
-    """``delta`` ``[B, ...]``: uncond - cond of the last full step; ``sure``: it is guidance."""
+    """``delta``: uncond - cond ``[B, ...]`` of the last full step; ``sure``: it is guidance."""
 
     fits: tuple[Any, ...]
     step: int
+    delta: History
     sure: bool = False
     off: str = ""
-    delta: Tensor | None = None
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,8 +73,15 @@ def _is_position(t: Tensor, kwargs: Any) -> bool:
     return any(t is leaf for name in names for leaf in pytree.tree_leaves(kwargs[name]))
 
 
-def _check(request: Request, kept: _Kept, x: Tensor) -> None:
+def _check(request: Request, policy: GuidanceReuse, kept: _Kept, x: Tensor) -> None:
     """Find out, at a full step, whether the halves of ``x`` are guidance."""
+    slot: Any = request.slot
+    told = request.halves(x.shape[0])
+    if told is not None and slot[1] == 0:  # of a step's first call, that is
+        kept.sure, kept.off = told, "" if told else "the run is not guided"
+        return
+    if not policy.compare:
+        kept.sure = True
     if kept.sure or kept.off or kept.step == request.step:
         return
     request.syncs += 1
@@ -133,10 +142,10 @@ class _Halves:
         pair = (cond, uncond) if self._cond_first else (uncond, cond)
         return pytree.tree_unflatten([torch.cat(pair)], spec)
 
-    def delta(self, out: Tensor) -> Tensor:
-        """uncond - cond of an output ``[2B, ...]``."""
+    def branches(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional half of an output ``[2B, ...]``."""
         first, second = out.chunk(2)
-        return second - first if self._cond_first else first - second
+        return (first, second) if self._cond_first else (second, first)
 
     def computed(self, full: bool) -> tuple[bool, ...]:
         half = self._batch // 2
@@ -210,6 +219,7 @@ def guidance(
         known = isinstance(x, Tensor) and not x.is_inference()  # those have no version
         # Kept for a second call of the step; where none came so far, none is expected.
         pair = request.step == 0 or ((model, 1), "guidance second") in request.state
+        pair = pair and not request.static  # a graph's addresses say nothing
         request.state.pop((model, "guidance first"), None)
         if pair and number == 0 and not off and known and len(pytree.tree_leaves(out)) == 1:
             leaves, spec = pytree.tree_flatten(out)
@@ -231,28 +241,28 @@ def guidance(
             request.state.pop(key, None)
             note((True,) * batch, f"off: {why}")
             return plain(*args, **kwargs)
-        fits = (x.shape, x.dtype, x.device)
+        fits = (x.shape, x.dtype)
         kept = request.state.get(key)
         if kept is None or kept.fits != fits:
-            kept = _Kept(fits, request.step)
-        _check(request, kept, x)
+            kept = _Kept(fits, request.step, History(1))
+        _check(request, policy, kept, x)
         if kept.off:
             request.state[key] = kept
             note((True,) * batch, f"off: {kept.off}")
             return plain(*args, **kwargs)
         halves = _Halves(cond_first, batch, plain)
         full = policy.full(request.step, request.steps)
-        if kept.sure and kept.delta is not None and not full:
+        if kept.sure and kept.delta.order and not full:
             weights = policy.weights(request.step, request.steps)
             cond, spec = halves.run(request, args, kwargs, cond=True)
-            uncond = cond + weigh(kept.delta, weights, policy.cutoff)
+            uncond = cond + weigh(kept.delta.values[0][0], weights, policy.cutoff)
             split = cond.dim() >= 4 or weights == (1, 1)
             note(halves.computed(False), "reuse" if split else "reuse, no grid to split")
             return halves.joined(cond, uncond, spec)
         if parted and kept.sure:
             cond, spec = halves.run(request, args, kwargs, cond=True)
             uncond, _ = halves.run(request, args, kwargs, cond=False)
-            out, delta = halves.joined(cond, uncond, spec), uncond - cond
+            out = halves.joined(cond, uncond, spec)
         else:
             out = plain(*args, **kwargs)
             whole = _whole(out, batch)
@@ -261,9 +271,9 @@ def guidance(
                 request.state[key] = kept
                 note((True,) * batch, f"off: {kept.off}")
                 return out
-            delta = halves.delta(whole)
-        request.claim(key, delta.numel() * delta.element_size())
-        kept.delta = delta
+            cond, uncond = halves.branches(whole)
+        request.claim(key, cond.numel() * cond.element_size())
+        kept.delta.put(request.step, (uncond,), minus=(cond,))
         request.state[key] = kept
         note(halves.computed(True), "full")
         return out

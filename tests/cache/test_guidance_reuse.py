@@ -8,13 +8,19 @@ import torch
 
 import fastdiff
 from fastdiff import models
+from fastdiff.accelerate import acceleration_of
 from fastdiff.cache import DeepCache, EncoderPropagation, FirstBlock, Forecast, GuidanceReuse
 from fastdiff.cache.guidance import low_pass, weigh
 from fastdiff.cache.parse import parse
 from fastdiff.testing import load_file
 
-networks = load_file(Path(__file__).parents[1] / "integrations" / "networks.py")
+HERE = Path(__file__).parents[1] / "integrations"
+networks, pipelines = load_file(HERE / "networks.py"), load_file(HERE / "test_pipelines.py")
 PLAIN = GuidanceReuse(2, alpha_low=0.0, alpha_high=0.0)
+
+
+def last(pipe):
+    return acceleration_of(pipe).last
 
 
 class Toy(torch.nn.Module):
@@ -298,3 +304,52 @@ def test_a_caller_may_write_into_the_conditional_output():
                 uncond = model(args[0], **other, return_dict=False)[0]
         outs.append(uncond)
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("make", ("sd", "controlnet", "img2img", "inpaint_9", "sd3", "sdxl"))
+def test_pipelines_that_say_whether_they_are_guided(make):
+    """No wait; and unguided, with an even number of rows, nothing is taken for halves."""
+    pipe, kwargs = getattr(pipelines, make)()
+    words = {k: torch.cat([v, v.flip(-1)]) for k, v in kwargs.items() if v is not None and
+             "embeds" in k and len(v) == 1}  # fmt: skip
+    kwargs |= words
+    free = {k: v for k, v in kwargs.items() if "negative" not in k} | {"guidance_scale": 1.0}
+    plain = pipelines.run(pipe, free)
+    fastdiff.accelerate(pipe, cache=PLAIN, exact=False)
+    close = pipelines.run(pipe, kwargs)
+    events = last(pipe).trace
+    assert any(e.how.startswith("reuse") for e in events) and last(pipe).syncs == 0
+    assert torch.equal(pipelines.run(pipe, free), plain)
+    assert {e.how for e in last(pipe).trace} == {"off: the run is not guided"}
+    fastdiff.restore(pipe)
+    guided = pipelines.run(pipe, kwargs)
+    assert 0 < pipelines.error(close, guided) < 0.5
+
+
+def test_pix2pix_has_three_branches_and_says_nothing():
+    pipe, kwargs = pipelines.img2img()
+    parts = pipe.components | {"unet": pipelines.wider(pipe.unet, 8)}
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    kwargs = {k: torch.cat([v] * 2) if "embeds" in k else v for k, v in kwargs.items()}
+    kwargs.pop("strength")
+    pipelines.quiet(pipe)
+    plain = pipelines.run(pipe, kwargs)  # 2 prompts, 6 rows: an even number
+    fastdiff.accelerate(pipe, cache=PLAIN, exact=False)
+    assert torch.equal(pipelines.run(pipe, kwargs), plain)
+    assert all(e.how.startswith("off: ") for e in last(pipe).trace[1:])  # told at the second step
+
+
+def test_told_by_the_policy():
+    """Two rows of different latents are halves where the caller says so."""
+    model, args, kwargs = networks.sd15()
+    with fastdiff.accelerated(model, cache=GuidanceReuse(2, compare=False)), torch.no_grad():
+        with fastdiff.request(6) as run:
+            for _ in range(6):
+                model(*args, **kwargs)
+    assert run.syncs == 0
+    assert [e.how for e in run.trace] == ["full", "full", "full", "reuse", "full", "reuse"]
+    with pytest.raises(ValueError, match="compare is 1, need True or False"):
+        GuidanceReuse(compare=1)
+    programs = fastdiff.programs(fastdiff.accelerate(model, cache=GuidanceReuse(2)))
+    with fastdiff.request(6), pytest.raises(ValueError, match=r"need GuidanceReuse\(compare=False"):
+        programs(*args, **kwargs)

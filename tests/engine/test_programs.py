@@ -12,6 +12,7 @@ from fastdiff.cache import (
     EncoderPropagation,
     FirstBlock,
     Forecast,
+    GuidanceReuse,
     MagnitudeRatio,
 )
 from fastdiff.engine._buffers import Buffers
@@ -78,6 +79,13 @@ CASES = [
     )
 ]
 CASES.append((unet, [EncoderPropagation(3)]))
+GUIDED = [
+    (dit, [GuidanceReuse(3)]),
+    (unet, [GuidanceReuse(2, start=0.3)]),
+    (unet, [DeepCache(3), GuidanceReuse(2)]),
+    (dit, [Forecast(3, order=1), GuidanceReuse(3, alpha_low=0, alpha_high=0)]),
+]
+CASES += GUIDED
 every = pytest.mark.parametrize(
     "make, policies", CASES, ids=lambda v: getattr(v, "__name__", str(v))
 )
@@ -94,7 +102,7 @@ def test_programs_give_the_bits_of_the_network_and_of_each_other(make, policies)
         assert 1 <= programs.kinds <= 12
 
 
-@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], CASES[14]], ids=str)
+@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:]], ids=str)
 def test_every_program_can_be_captured(make, policies):
     model = fastdiff.accelerate(make(), cache=policies)
     programs = fastdiff.programs(model)

@@ -14,6 +14,7 @@ from fastdiff.testing import draw_weights, load_file
 
 HERE = Path(__file__).parent
 networks = load_file(HERE / "networks.py")
+more = load_file(HERE / "more_networks.py")
 stable = load_file(HERE.parents[0] / "cache" / "test_deepcache.py")
 
 
@@ -40,11 +41,18 @@ def sd():
     return pipe, dict(**stable.prompt(2), num_images_per_prompt=2, height=16, width=24)
 
 
+def wider(unet, channels):
+    """A U-Net like ``unet`` with as many input channels."""
+    config = {k: v for k, v in unet.config.items() if k[0] != "_"} | {"in_channels": channels}
+    new = draw_weights(diffusers.UNet2DConditionModel.from_config(config), 0.02).eval()
+    assert new.conv_in.in_channels == channels
+    return new
+
+
 def inpaint(channels=4):
     pipe = stable.pipeline(diffusers.StableDiffusionInpaintPipeline)
     if channels == 9:
-        config = {**pipe.unet.config, "in_channels": 9}
-        pipe.unet = draw_weights(diffusers.UNet2DConditionModel.from_config(config)).eval()
+        pipe.unet = wider(pipe.unet, 9)
     image, mask = networks.draw(1, 3, 16, 24).clamp(-1, 1), torch.zeros(1, 1, 16, 24)
     mask[..., 8:] = 1
     return pipe, dict(**stable.prompt(), image=image, mask_image=mask, height=16, width=24)
@@ -145,14 +153,46 @@ def flux():
     )  # fmt: skip
 
 
+def sdxl():
+    model, _, kwargs = networks.sdxl()
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae(), *[None] * 4, model.eval(), diffusers.EulerDiscreteScheduler(), add_watermarker=False
+    )
+    words = dict(
+        prompt_embeds=kwargs["encoder_hidden_states"],
+        negative_prompt_embeds=networks.draw(2, 7, 24, seed=8),
+        pooled_prompt_embeds=kwargs["added_cond_kwargs"]["text_embeds"],
+        negative_pooled_prompt_embeds=networks.draw(2, 20, seed=9),
+    )
+    return quiet(pipe), dict(**words, height=32, width=48)
+
+
+def _video(pipe):
+    words = {f"{kind}prompt_embeds": networks.draw(2, 7, 24, seed=len(kind)) for kind in
+             ("", "negative_")}  # fmt: skip
+    return quiet(pipe), dict(**words, height=64, width=64, num_frames=5)
+
+
+def wan():
+    model, _, _ = networks.wan()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return _video(diffusers.WanPipeline(None, None, None, scheduler, model.eval()))
+
+
+def cogvideox():
+    model, _, _ = more.cogvideox()
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    return _video(diffusers.CogVideoXPipeline(None, None, None, model.eval(), scheduler))
+
+
 def ddpm():
     model, _, _ = networks.unet()
     pipe = diffusers.DDPMPipeline(model.eval(), diffusers.DDPMScheduler())
     return quiet(pipe), dict(batch_size=2)
 
 
-UNETS = (sd, inpaint, inpaint_9, img2img, controlnet, ip_adapter, ddpm)
-TRANSFORMERS = (dit, pixart, sd3, flux)
+UNETS = (sd, inpaint, inpaint_9, img2img, controlnet, ip_adapter, sdxl, ddpm)
+TRANSFORMERS = (dit, pixart, sd3, flux, wan, cogvideox)
 every = pytest.mark.parametrize("make", (*UNETS, *TRANSFORMERS), ids=lambda f: f.__name__)
 
 
