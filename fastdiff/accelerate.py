@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff import integrations, run_summary
 from fastdiff.cache import EncoderPropagation
@@ -70,26 +70,13 @@ def _steps_to_come(pipe: Any) -> int | None:
     return len(times) - int(getattr(scheduler, "begin_index", None) or 0)
 
 
-# Pipelines of diffusers whose first call of a step holds both branches where they are guided.
-_HALVES = (
-    "StableDiffusion",
-    "StableDiffusionXL",
-    "StableDiffusion3",
-    "StableDiffusionControlNet",
-    "StableDiffusionXLControlNet",
-    "StableDiffusion3ControlNet",
-)
-
-
-def _guided(pipe: Any) -> bool | None:
-    """The call that begins is guided, where that is known of the pipeline's class."""
-    if not type(pipe).__module__.startswith("diffusers."):  # nobody's subclass, that is
+def _samples(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Samples of a call, where the scheduler will not tell: DiT's steps both halves of a guided
+    batch."""
+    if not any(cls.__name__ == "DiTPipeline" for cls in type(pipe).__mro__):
         return None
-    name = type(pipe).__name__
-    for kind in ("Pipeline", "Img2ImgPipeline", "InpaintPipeline", "InpaintingPipeline"):
-        if name.endswith(kind) and name.removesuffix(kind) in _HALVES:
-            return bool(pipe.do_classifier_free_guidance)
-    return None
+    labels = args[0] if args else kwargs.get("class_labels")
+    return len(labels) if isinstance(labels, list) and labels else None
 
 
 def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> None:
@@ -100,10 +87,8 @@ def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> N
         if request is None:
             acceleration.lonely += 1
             return plain(*args, **kwargs)
-        if request.owner is acceleration:
-            request.guided = _guided(pipe)
-            if request.steps is None:
-                request.steps = _steps_to_come(pipe)
+        if request.steps is None and request.owner is acceleration:
+            request.steps = _steps_to_come(pipe)
         if acceleration.cache_bytes is not None:
             request.limit = acceleration.cache_bytes
         if acceleration.policies and not request.static:
@@ -115,7 +100,8 @@ def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> N
 
 
 def _count_steps(pipe: Any, acceleration: Acceleration) -> None:
-    """The pipeline's scheduler says when a step ends; it may be another one than last time."""
+    """The pipeline's scheduler says when a step ends, and how many samples there are; it may be
+    another one than last time."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None or getattr(scheduler.__dict__.get("step"), "owner", None) is acceleration:
         return
@@ -128,6 +114,10 @@ def _count_steps(pipe: Any, acceleration: Acceleration) -> None:
             if acceleration.inject is not None:
                 x = kwargs["sample"] if "sample" in kwargs else args[2]
                 inject(request, scheduler, x, out, acceleration.inject)
+            if request.samples is None:
+                result = args[0] if args else kwargs.get("model_output")
+                if isinstance(result, Tensor) and result.dim() > 1:
+                    request.samples = result.shape[0] or None
             request.advance()
         return out
 
@@ -143,6 +133,7 @@ def _open_requests(pipe: Any, acceleration: Acceleration) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _count_steps(self, acceleration)
         run = Request(owner=acceleration)
+        run.samples = _samples(self, args, kwargs)
         try:
             with run.active(), record() as run.rows:
                 return plain.__call__(self, *args, **kwargs)

@@ -38,8 +38,8 @@ class GuidanceReuse:
         order: which half of a batch is unconditional; "auto": as pipelines of the network's class
             have it ("cond first" for diffusers' DiT, "uncond first" for all others).
         compare: where nobody says whether a batch of an even number of rows holds both branches
-            (``fastdiff.sample`` and diffusers' Stable Diffusion pipelines say it), the host waits
-            once to compare its halves. False: it does hold them, as you know.
+            (``fastdiff.sample`` and diffusers' schedulers say how many samples there are), the
+            host waits once to compare its halves. False: it does hold them, as you know.
 
     Raises:
         ValueError: an argument does not fit.

@@ -98,7 +98,7 @@ class Slot:
         network: accelerated.
         leaves: of the arguments; tensors become buffers, anything else is a constant.
         spec: their structure.
-        told: what the run says of the call's batch: guided, samples.
+        samples: of the run.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class Slot:
         network: nn.Module,
         leaves: Sequence[Any],
         spec: pytree.TreeSpec,
-        told: tuple[bool | None, int | None],
+        samples: int | None,
     ):
-        self.network, self._spec, self._told = network, spec, told
+        self.network, self._spec, self._samples = network, spec, samples
         self._constants = [None if isinstance(v, Tensor) else v for v in leaves]
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
         self.inputs = [leaves[i].detach().clone() for i in self._places]
@@ -127,7 +127,7 @@ class Slot:
         """The request under which one call runs."""
         inner = Request(steps)
         inner.static, inner.step, inner.state = True, step, self.state
-        inner.guided, inner.samples = self._told
+        inner.samples = self._samples
         inner.count(self.network, number)
         return inner
 
@@ -262,16 +262,15 @@ class Programs(nn.Module):
     def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> Slot:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         look = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in leaves]
-        told = request.guided, request.samples
-        key = (number, str(spec), tuple(look), told)
+        key = (number, str(spec), tuple(look), request.samples)
         if key not in self._slots:
             compares = (p for p in self._policies if isinstance(p, GuidanceReuse) and p.compare)
-            if told == (None, None) and any(not p.neutral for p in compares):
+            if request.samples is None and any(not p.neutral for p in compares):
                 raise ValueError(
                     "Programs: GuidanceReuse compares the halves of a batch and waits for that, as "
                     "the run does not say what a batch holds; need GuidanceReuse(compare=False)"
                 )
-            slot = Slot(self.network, leaves, spec, told)
+            slot = Slot(self.network, leaves, spec, request.samples)
             slot.prepare(number, request.steps)
             self._slots[key] = slot
         return self._slots[key]

@@ -76,9 +76,8 @@ class Request:
         trace: what every model call did.
         syncs: how often the host waited for a decision.
         limit: bytes that caches may hold at a time, None for any number.
-        guided: the call in work has both branches of guidance in a batch; None: nobody says.
-        samples: of the run, where its loop says so: batches have as many rows, or two for each
-            sample where they hold both branches of guidance.
+        samples: of the run, None where nobody says: a batch of twice as many rows holds both
+            branches of guidance.
         static: shapes are the same in every call, caches keep their memory, and nothing is kept
             that depends on an input's identity: a call depends on its step alone.
         peak_bytes: the most that :attr:`state` held after a model call.
@@ -108,19 +107,12 @@ class Request:
         self.owner = owner
         self.limit: int | None = None
         self.peak_bytes = 0
-        self.guided: bool | None = None
         self.samples: int | None = None
         self.static = False
         self.marks: dict[int, Hashable] = {}
         self.notes: list[str] = []
         self._calls: dict[int, int] = {}
         self._claims: dict[Hashable, int] = {}
-
-    def halves(self, rows: int) -> bool | None:
-        """A batch of ``rows`` holds both branches of guidance; None where nobody says."""
-        if self.samples is None:
-            return self.guided
-        return rows == 2 * self.samples if rows in (self.samples, 2 * self.samples) else None
 
     def advance(self) -> None:
         """The next step begins."""

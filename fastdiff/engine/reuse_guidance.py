@@ -5,7 +5,7 @@ another: independent samples may start from one noise, but then differ from the 
 where they do not, because their conditions are the same, the difference is zero and its reuse
 exact. The host waits for that comparison once a run, and again where
 the batch changes its size (guidance in an interval). A batch that does not pass it is left alone.
-Where the run says what a batch holds (:meth:`Request.halves`), or the policy does, nothing waits.
+Where the run says what a batch holds (:attr:`Request.samples`), or the policy does, nothing waits.
 
 Two calls a step, the conditional one first and both with the same tensor of latents (Wan), are
 guidance without a comparison: reuse steps leave out the second.
@@ -75,10 +75,10 @@ def _is_position(t: Tensor, kwargs: Any) -> bool:
 
 def _check(request: Request, policy: GuidanceReuse, kept: _Kept, x: Tensor) -> None:
     """Find out, at a full step, whether the halves of ``x`` are guidance."""
-    slot: Any = request.slot
-    told = request.halves(x.shape[0])
-    if told is not None and slot[1] == 0:  # of a step's first call, that is
-        kept.sure, kept.off = told, "" if told else "the run is not guided"
+    if request.samples is not None:
+        kept.sure = x.shape[0] == 2 * request.samples
+        if not kept.sure:
+            kept.off = f"no guidance seen: {x.shape[0]} rows of {request.samples} samples"
         return
     if not policy.compare:
         kept.sure = True

@@ -320,7 +320,7 @@ def test_pipelines_that_say_whether_they_are_guided(make):
     events = last(pipe).trace
     assert any(e.how.startswith("reuse") for e in events) and last(pipe).syncs == 0
     assert torch.equal(pipelines.run(pipe, free), plain)
-    assert {e.how for e in last(pipe).trace} == {"off: the run is not guided"}
+    assert all(e.how.startswith("off: no guidance seen") for e in last(pipe).trace[1:])
     fastdiff.restore(pipe)
     guided = pipelines.run(pipe, kwargs)
     assert 0 < pipelines.error(close, guided) < 0.5
