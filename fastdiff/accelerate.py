@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdiff import integrations, run_summary
 from fastdiff.cache import EncoderPropagation
 from fastdiff.dispatch import record
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
@@ -80,7 +80,7 @@ def _samples(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | 
 
 
 def _count_calls(network: nn.Module, pipe: Any, acceleration: Acceleration) -> None:
-    plain, weights = network.forward, Watch(network)
+    plain, weights = forward_of(network), Watch(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request = current()

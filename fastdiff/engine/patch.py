@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 _ABSENT = object()
+
+
+def _place(target: Any, name: str) -> str:
+    """Where ``target.name`` is kept: ``forward`` lies below a hook of accelerate (offloading), as
+    pipelines take hooks off and put them on again after every run."""
+    mine = target.__dict__
+    hooked = name == "forward" and "_hf_hook" in mine and "_old_forward" in mine
+    return "_old_forward" if hooked else name
+
+
+def forward_of(module: Any) -> Any:
+    """What a ``forward`` that :class:`Patch` sets takes the place of."""
+    return getattr(module, _place(module, "forward"))
 
 
 class Patch:
@@ -20,10 +33,11 @@ class Patch:
     def set(self, target: Any, name: str, value: Any) -> None:
         """``target.name = value`` in the instance's dictionary. A function keeps the signature of
         what it replaces: pipelines look there for what they may pass (``generator``, ``eta``)."""
-        if isinstance(value, FunctionType) and callable(getattr(target, name, None)):
-            value.__dict__["__wrapped__"] = getattr(target, name)
-        self._changes.append((target, name, target.__dict__.get(name, _ABSENT), value))
-        target.__dict__[name] = value
+        place = _place(target, name)
+        if isinstance(value, FunctionType) and callable(getattr(target, place, None)):
+            value.__dict__["__wrapped__"] = getattr(target, place)
+        self._changes.append((target, name, target.__dict__.get(place, _ABSENT), value))
+        target.__dict__[place] = value
 
     def set_class(self, target: Any, cls: type) -> None:
         """``target`` becomes an instance of ``cls``, a subclass of its class."""
@@ -37,7 +51,9 @@ class Patch:
             if (id(target), name) in seen:
                 continue  # changed twice by us: the last one counts
             seen.add((id(target), name))
-            now = target.__class__ if name == "__class__" else target.__dict__.get(name, _ABSENT)
+            now = target.__dict__.get(_place(target, name), _ABSENT)
+            if name == "__class__":
+                now = target.__class__
             if now is not new:
                 return f"{name} of a {type(target).__name__} was changed by someone else since"
         return None
@@ -48,7 +64,11 @@ class Patch:
             target, name, old, _ = self._changes.pop()
             if name == "__class__":
                 target.__class__ = old
-            elif old is _ABSENT:
+                continue
+            place = _place(target, name)
+            if old is not _ABSENT:
+                target.__dict__[place] = old
+            elif place == name:
                 target.__dict__.pop(name, None)
-            else:
-                target.__dict__[name] = old
+            else:  # a hook came later
+                target.__dict__[place] = MethodType(type(target).forward, target)

@@ -21,7 +21,7 @@ from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Kept, decide
 from fastdiff.engine.history import Streams, fits_of
 from fastdiff.engine.off import why_off
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import BlockView
@@ -116,7 +116,7 @@ def _signal(view: BlockView, policy: Policy, args: Any, kwargs: Any) -> Tensor |
 
 
 def _wrap(view: BlockView, i: int, policy: Policy, patch: Patch) -> None:
-    block, plain = view.blocks[i], view.blocks[i].module.forward
+    block, plain = view.blocks[i], forward_of(view.blocks[i].module)
     head, tail = ends_of(policy)
     last = len(view.blocks) - 1 - tail
 
@@ -153,7 +153,7 @@ def drive(
     view: BlockView,
 ) -> None:
     """Around every call of the network: caches are on within a run, and nowhere else."""
-    plain = network.forward
+    plain = forward_of(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request, stack = current(), None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdiff.cache.faster_diffusion import EncoderPropagation
 from fastdiff.engine.history import History
 from fastdiff.engine.off import warn_of_few, why_off
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.reuse_unet import nothing
 from fastdiff.engine.view import Join, Stage, UNetView
@@ -114,7 +114,7 @@ def _drive(
     reuse: _Reuse,
 ) -> None:
     """Around a call of the network: decide, say so in the trace, and let the stages know."""
-    plain = network.forward
+    plain = forward_of(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request = current()
@@ -143,7 +143,7 @@ def _drive(
 
 def _skip(module: nn.Module, patch: Patch, skips: int | None = None) -> None:
     """``module`` does nothing at reuse steps; ``skips`` of a stage of the way down."""
-    plain = module.forward
+    plain = forward_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
@@ -165,7 +165,7 @@ def _repeat(t: Tensor, rows: int) -> Tensor:
 
 def _decode(stage: Stage, place: int, patch: Patch) -> None:
     """Stage ``place`` of the way up keeps what the way down gave it, or runs on that."""
-    plain = stage.module.forward
+    plain = forward_of(stage.module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.cache.guidance import GuidanceReuse, weigh
 from fastdiff.engine.history import History
 from fastdiff.engine.off import why_off
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.rows import slice_of
 
@@ -176,7 +176,7 @@ def guidance(
     """
     if policy.neutral:
         return [f"{policy}: every step is full"]
-    plain = network.forward
+    plain = forward_of(network)
     cond_first = policy.order == "cond first"
     if policy.order == "auto":
         cond_first = any(cls.__name__ in _COND_FIRST for cls in type(network).__mro__)

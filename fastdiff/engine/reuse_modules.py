@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdiff.cache.broadcast import Broadcast
 from fastdiff.engine.history import History, Streams
 from fastdiff.engine.off import warn_of_few, why_off
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Request, current
 
 
@@ -163,7 +163,7 @@ def wrapped(part: Part, key: Hashable, run: Callable[..., Any]) -> Callable[...,
 
 def drive(network: nn.Module, policy: Broadcast, patch: Patch) -> None:
     """Around every call of the network: caches are on within a run, and nowhere else."""
-    plain = network.forward
+    plain = forward_of(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         request, call = current(), None
@@ -193,5 +193,5 @@ def modules(network: nn.Module, parts: Sequence[Part], policy: Broadcast, patch:
     """Run ``policy`` on those ``parts`` of a network that it does not always compute."""
     for i, part in enumerate(parts):
         if policy.skips(part.kind):
-            patch.set(part.module, "forward", wrapped(part, i, part.module.forward))
+            patch.set(part.module, "forward", wrapped(part, i, forward_of(part.module)))
     drive(network, policy, patch)

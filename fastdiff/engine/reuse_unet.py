@@ -21,7 +21,7 @@ from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.magnitude import MagnitudeRatio
 from fastdiff.engine.decide import Decision, Kept, decide
 from fastdiff.engine.off import warn_of_few, why_off
-from fastdiff.engine.patch import Patch
+from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Part, Request, current
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import Join, Stage, UNetView
@@ -98,7 +98,7 @@ def _drive(
     patch: Patch,
 ) -> None:
     """Around a call of the network: decide, say so in the trace, and let the stages know."""
-    plain = network.forward
+    plain = forward_of(network)
     measured = isinstance(policy, AccumulatedDistance | FirstBlock)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def _some(call: Depths, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
 
 def _skip(module: nn.Module, patch: Patch, skips: int | None = None) -> None:
     """``module`` runs for the samples that compute; ``skips`` of a stage of the way down."""
-    plain = module.forward
+    plain = forward_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
@@ -164,7 +164,7 @@ def _skip_down(stage: Stage, patch: Patch) -> None:
 def _shorten(stage: Stage, layers: int, policy: Policy, patch: Patch) -> None:
     """A stage of the way down always runs its first ``layers`` layers; what a rule measures is
     their result, or what they add to their input."""
-    plain = stage.module.forward
+    plain = forward_of(stage.module)
     head, tail = stage.part(0, layers, False), stage.part(layers, stage.layers, True)
     missing = stage.layers + stage.resamples - layers
     measured = isinstance(policy, AccumulatedDistance | FirstBlock)
@@ -197,7 +197,7 @@ def _with(stage: Stage, args: _Args, kwargs: _Kwargs, hidden: Tensor) -> tuple[_
 
 def _enter(stage: Stage, layers: int, patch: Patch) -> None:
     """A stage of the way up keeps what enters its last ``layers`` layers, or starts from it."""
-    plain = stage.module.forward
+    plain = forward_of(stage.module)
     head = stage.part(0, stage.layers - layers, False)
     tail = stage.part(stage.layers - layers, stage.layers, True)
 
@@ -221,7 +221,7 @@ def _enter(stage: Stage, layers: int, patch: Patch) -> None:
 
 def _enter_mid(mid: nn.Module, patch: Patch) -> None:
     """The middle's result is kept. Networks add to it in place, so a copy is handed out."""
-    plain = mid.forward
+    plain = forward_of(mid)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()

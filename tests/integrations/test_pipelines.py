@@ -394,3 +394,37 @@ def test_a_hundred_cycles_leak_nothing():
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert tensors() == count and grown < 50_000
+
+
+@pytest.mark.parametrize("first", ("hook", "accelerate"))
+def test_hooks_that_come_and_go_with_every_run(first):
+    """As those of ``enable_model_cpu_offload``, which a pipeline takes off and puts on again."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Hook(hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Hook.calls += 1
+            return args, kwargs
+
+    pipe, kwargs = sd()
+    plain = run(pipe, kwargs)
+    with fastdiff.accelerated(pipe, cache=DeepCache(3)):
+        want = run(pipe, kwargs)
+    steps = [lambda: hooks.add_hook_to_module(pipe.unet, Hook()),
+             lambda: fastdiff.accelerate(pipe, cache=DeepCache(3))]  # fmt: skip
+    for step in steps if first == "hook" else reversed(steps):
+        step()
+    for i in range(1, 4):
+        assert torch.equal(run(pipe, kwargs), want) and Hook.calls == 10 * i
+        assert "never hit" not in fastdiff.summary(pipe)
+        hooks.remove_hook_from_module(pipe.unet)
+        hooks.add_hook_to_module(pipe.unet, Hook())
+    fastdiff.restore(pipe)
+    assert torch.equal(run(pipe, kwargs), plain) and Hook.calls == 40
+    fastdiff.accelerate(pipe, cache=DeepCache(3))
+    hooks.remove_hook_from_module(pipe.unet)
+    assert torch.equal(run(pipe, kwargs), want) and Hook.calls == 40
+    fastdiff.restore(pipe)
+    assert torch.equal(run(pipe, kwargs), plain)
