@@ -109,6 +109,11 @@ def _numbers(op: str, found: Found) -> list[str]:
     return [span("registers"), span("spills"), span("shared", 1024, "{:.1f}")]
 
 
+def _native_dtypes(op: str) -> str:
+    taken = (d for d in DTYPES if info.why(op, getattr(torch, d), "cpu")["native"] is None)
+    return ", ".join(taken)
+
+
 def _cuda_dtypes(op: str) -> str:
     return ", ".join(d for d in DTYPES if testing_cuda.has_kernel(op, getattr(torch, d)))
 
@@ -126,7 +131,8 @@ def rows(triton: Found | None, cuda: Found | None) -> list[str]:
         if "native" in have:
             of_cpu = ["not read for a CPU"] * 3
             where = "CPU, at every level"
-            lines.append(_line(op, "native, CPU", dtypes, where, ", ".join(LEVELS), *of_cpu))
+            taken = _native_dtypes(op)
+            lines.append(_line(op, "native, CPU", taken, where, ", ".join(LEVELS), *of_cpu))
         else:
             lines.append(_line(op, "native, CPU", NO_NATIVE[op], *nothing))
         kinds: Iterable[tuple[str, bool, Found | None, str, tuple[str, ...], dict[str, str]]] = (
