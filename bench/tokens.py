@@ -7,7 +7,7 @@ import torch
 from _case import Case
 from torch import Tensor
 
-from fastdiff.ops import gather_tokens, scatter_tokens
+from fastdiff.ops import gather_tokens, scatter_tokens, update_tokens_
 
 SHAPES = ((2, 1024, 1152), (2, 4096, 640))
 
@@ -71,10 +71,34 @@ def _scatter(shape: tuple[int, int, int], x: Tensor, index: Tensor, what: str) -
     ]
 
 
+def _update(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    """Keys of heads of 64 inside tokens, in place."""
+    batch, tokens, width = shape
+    cache = torch.randn(batch, tokens, width // 64, 64).to(dtype).transpose(1, 2)
+    index = torch.rand(batch, tokens).argsort(1)[:, : tokens // 4].sort(1).values
+    y = torch.randn(batch, tokens // 4, width // 64, 64).to(dtype).transpose(1, 2)
+    spread = index[:, None, :, None].expand(y.shape)
+    flat = cache.transpose(1, 2).view(batch * tokens, width)
+    rows = y.transpose(1, 2).reshape(-1, width)
+    place = (index + torch.arange(batch)[:, None] * tokens).flatten()
+    return Case(
+        f"update_tokens_ 25% of {list(shape)} {str(dtype)[6:]}",
+        lambda: update_tokens_(cache, index, y),
+        {
+            "eager": lambda: cache.scatter_(2, spread, y),
+            "index_copy": lambda: flat.index_copy_(0, place, rows),
+            "copy of y": lambda: y.clone(),
+        },
+        bytes=2.0 * y.numel() * y.element_size(),
+        target=1.2,
+    )
+
+
 def cases() -> list[Case]:
     result = []
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
+            result.append(_update(shape, dtype))
             x = torch.randn(shape).to(dtype)
             index = torch.rand(shape[:2]).argsort(1)[:, : shape[1] // 4].sort(1).values
             what = f"25% of {list(shape)} {str(dtype)[6:]}"

@@ -61,6 +61,13 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
   // y [B,A,D]; gate [B,D] or [B,A,D] -> x with rows `index` replaced by y, or gate * y added
   m.def("scatter_tokens(Tensor x, Tensor index, Tensor y, Tensor? gate) -> Tensor");
+  // cache [B,N,D] or [B,H,N,D]; y [B,A,D] or [B,H,A,D]: cache[b, .., index[b, a]] = y[b, .., a]
+  m.def("update_tokens_(Tensor(a!) cache, Tensor index, Tensor y) -> ()");
+  // score, drops [B,N] float32, int32; forced [B,N]; factors [2,K] float32 -> index [B,count]
+  // int64, drops
+  m.def(
+      "select_tokens(Tensor score, Tensor drops, Tensor? forced, Tensor factors, int count, int "
+      "low, int most, bool reset) -> (Tensor, Tensor)");
 }
 
 namespace {

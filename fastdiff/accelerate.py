@@ -118,6 +118,7 @@ def _count_steps(pipe: Any, acceleration: Acceleration) -> None:
                 result = args[0] if args else kwargs.get("model_output")
                 if isinstance(result, Tensor) and result.dim() > 1:
                     request.samples = result.shape[0] or None
+            request.prediction = args[0] if args else kwargs.get("model_output")
             request.advance()
         return out
 

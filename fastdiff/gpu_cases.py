@@ -125,6 +125,21 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             t(*tokens), torch.empty(quarter[:2], dtype=torch.int64), t(*quarter), t(*vector)
         ),
     )
+    quarter_of_heads = (2, 24, 1024, 64)
+    yield Case(
+        "update_tokens_",
+        "SD 3, 2x24x4096x64, a quarter",
+        lambda: _call(
+            t(2, 4096, 24, 64).transpose(1, 2),
+            torch.empty(2, 1024, dtype=torch.int64),
+            t(*quarter_of_heads),
+        ),
+    )
+    yield Case(
+        "select_tokens",
+        "SD 3, a quarter of 2x4096",
+        lambda: _call(t(2, 4096), 1024, high=0.3, forced=torch.empty(2, 4096, dtype=torch.bool)),
+    )
     yield Case(
         "qk_norm_rope",
         "Flux 1x24x4608x128",
@@ -153,4 +168,6 @@ def traffic(op: str, args: tuple[Any, ...], out: Any) -> int:
     """Bytes that a call of ``op`` must read and write."""
     if op == "gather_tokens":  # of the tokens only those asked for
         return moved(args[1]) + 2 * moved(out)
+    if op == "update_tokens_":
+        return moved(args[1]) + 2 * moved(args[2])
     return moved(*args, out)

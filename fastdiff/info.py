@@ -49,6 +49,12 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(2, 64, 384),
         new(2, 384),
     ),
+    "select_tokens": lambda new: (new(2, 256), 64),
+    "update_tokens_": lambda new: (
+        new(2, 6, 256, 64),
+        new(2, 64, dtype=torch.int64),
+        new(2, 6, 64, 64),
+    ),
 }
 
 

@@ -17,6 +17,8 @@ def _kind(event: Event) -> str:
         return "full"
     if any(event.computed):
         return f"{sum(event.computed)} of {len(event.computed)} samples"
+    if event.how.endswith(" tokens"):
+        return event.how
     return _PLAIN.get(event.how.split(",")[0], "reused")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import samplers
 from fastdiff.accelerate import accelerated, acceleration_of, request
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import current
+from fastdiff.engine.reuse_tokens import gaps_of, open_region, region
 from fastdiff.samplers.sample import model_times
+from fastdiff.tokens import RegionAdaptive
 
 _TIMES = ("sampler", "steps", "clip", "prediction", "schedule")  # what the model's times depend on
 
@@ -45,11 +48,19 @@ def sample(
     scope: AbstractContextManager[Any] = nullcontext()
     if cache is not None:
         scope = accelerated(model, cache=cache, exact=False)
-    with scope, request(len(times), calls_per_step=1) as run:
+    mask = settings.get("mask")
+    inside: AbstractContextManager[Any] = nullcontext()
+    if isinstance(mask, Tensor) and mask.dim() > 2 and open_region() is None:
+        inside = region((mask > 0).any(1))  # what is generated; the rest is the reference's
+    with scope, inside, request(len(times), calls_per_step=1) as run:
         run.times = times
         shape = list(x.shape if isinstance(x, Tensor) else x)
         run.samples = shape[0] if shape and isinstance(shape[0], int) else None
         acceleration = acceleration_of(network)
         assert acceleration is not None
         acceleration.last = run
+        if any(isinstance(p, RegionAdaptive) for p in acceleration.policies):
+            settings.setdefault("predicted", partial(setattr, run, "prediction"))
+            assert isinstance(network, nn.Module)
+            settings.setdefault("gaps", partial(gaps_of, run, network))
         return samplers.sample(model, x, **settings)

@@ -53,7 +53,7 @@ def has_kernel(op: str, dtype: torch.dtype | None = None) -> bool:
     """Whether csrc/cuda has a kernel for this public op, and for this dtype of it."""
     if dtype is not None and dtype not in DTYPES.get(op, (dtype,)):
         return False
-    return not entries().isdisjoint((op, _stem(op)))
+    return not entries().isdisjoint((op.rstrip("_"), _stem(op)))
 
 
 def _stem(op: str) -> str:

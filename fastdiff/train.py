@@ -1,4 +1,4 @@
-"""Train the two small class-conditional networks on digits, on the CPU, in a given time.
+"""Train the small networks on digits and on scenes of digits, on the CPU, in a given time.
 
 The learning rate follows the elapsed share of the time, not a step count, so a run always ends in a
 usable checkpoint; one is written every few minutes, and a run can go on from one.
@@ -38,6 +38,21 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
             prediction="flow",
         ),
     ),
+    "dit-scenes": (
+        PlainDiT,
+        dict(
+            input_size=data.CANVAS,
+            patch_size=2,
+            in_channels=1,
+            hidden_size=192,
+            depth=6,
+            num_heads=3,
+            num_classes=data.CLASSES,
+            learn_sigma=False,
+            prediction="flow",
+            box_size=data.BOX,
+        ),
+    ),
     "unet-digits": (
         PlainUNet,
         dict(
@@ -58,8 +73,10 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 # How to sample a network, for its card.
 SAMPLING: dict[str, dict[str, Any]] = {
     "dit-digits": dict(sampler="flow_euler", steps=50, guidance=3.0),
+    "dit-scenes": dict(sampler="flow_euler", steps=28, guidance=2.0),
     "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0, clip=1.0),
 }
+WINDOWS, WINDOW = 0.8, 28  # share of the time on parts of scenes, and their side in pixels
 
 
 @dataclass
@@ -83,7 +100,37 @@ def linear_alpha_bar(steps: int = TRAIN_STEPS) -> Tensor:
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0).float()
 
 
-def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
+def _digits(recipe: Recipe, share: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Pictures, labels, and further arguments of the network."""
+    every = data.digits()
+    pick = torch.randint(len(every.x), (recipe.batch,))
+    drop = torch.rand(recipe.batch) < recipe.label_dropout
+    return data.augment(every.x[pick]), every.y[pick].masked_fill(drop, data.CLASSES), {}
+
+
+def _scenes(recipe: Recipe, share: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Canvases, layouts, and further arguments; first the surroundings of a digit of each, as most
+    of a canvas is empty, then a quarter as many whole ones."""
+    count = recipe.batch if share < WINDOWS else max(1, recipe.batch // 4)
+    x, layout = data.scenes(data.layouts(count))
+    drop = torch.rand(count) < recipe.label_dropout
+    more: dict[str, Any] = {}
+    if share < WINDOWS:
+        at = layout[:, 0, 1:] - 2 * torch.randint((WINDOW - data.BOX) // 2 + 1, (count, 2))
+        at = at.clamp(0, data.CANVAS - WINDOW)  # the first slot is never empty
+        rows, columns = (at[:, i, None] + torch.arange(WINDOW) for i in range(2))
+        x = x[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None]][:, None]
+        layout = layout - F.pad(at, (1, 0))[:, None]
+        more["window"] = at // 2
+    layout[..., 0] = layout[..., 0].masked_fill(drop[:, None], data.EMPTY)
+    return x, layout, more
+
+
+# What a network is trained on.
+BATCHES = {"dit-digits": _digits, "dit-scenes": _scenes, "unet-digits": _digits}
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor, **more: Any) -> Tensor:
     """Mean squared error of the prediction at random times.
 
     flow: x_t = (1-t) x + t e, target e - x, with t logit-normal for 7 of 10 samples and uniform for
@@ -100,7 +147,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor
         a = alpha_bar[index].view(-1, 1, 1, 1)
         x_t, target, t = a.sqrt() * x + (1 - a).sqrt() * noise, noise, index.float()
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(x_t, t, y)
+        out = model(x_t, t, y, **more)
     return F.mse_loss(out.float(), target)
 
 
@@ -114,7 +161,7 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
     """Train network ``name`` and write ``out/name.safetensors`` (float16) and its ``.json`` card.
 
     Args:
-        name: "dit-digits" or "unet-digits".
+        name: of :data:`NETWORKS`.
         out: folder for the checkpoint.
         recipe: time, batch, learning rate, ...; see :class:`Recipe`.
         command: how the run was started, for the card.
@@ -133,10 +180,12 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
     model = kind(**config)
     before = {"steps": 0, "minutes": 0.0}
     if recipe.resume:
-        source, card = load(recipe.resume, plain=True)
-        model.load_state_dict(source.state_dict())
+        old, card = load(recipe.resume, plain=True)
+        model.load_state_dict(old.state_dict())
         before = {k: card["training"][k] for k in before}
-    train_set = data.digits()
+    source = data.SOURCE
+    if name == "dit-scenes":
+        source = f"scenes of one to three digits ({data.BOX} x {data.BOX} pixels each) of {source}"
     alpha_bar = linear_alpha_bar()
     average = {k: v.clone() for k, v in model.state_dict().items()}
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +199,7 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
     def write() -> dict:
         minutes = (time.monotonic() - start) / 60
         training = dict(
-            data=data.SOURCE,
+            data=source,
             seed=recipe.seed,
             steps=before["steps"] + step,
             minutes=round(before["minutes"] + minutes, 1),
@@ -164,7 +213,8 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
         )
         average_model = kind(**config)
         average_model.load_state_dict(average)
-        shape = dict(channels=1, image_size=data.SIZE, num_classes=data.CLASSES)
+        shape = dict(channels=1, image_size=config.get("input_size", data.SIZE))
+        shape["num_classes"] = data.CLASSES
         facts = dict(**shape, **SAMPLING[name], training=training)
         return save(average_model, out / f"{name}.safetensors", **facts)
 
@@ -173,11 +223,8 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
         lr = recipe.lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        pick = torch.randint(len(train_set.x), (recipe.batch,))
-        y = train_set.y[pick].masked_fill(
-            torch.rand(recipe.batch) < recipe.label_dropout, data.CLASSES
-        )
-        loss = loss_of(model, data.augment(train_set.x[pick]), y, alpha_bar)
+        x, y, more = BATCHES[name](recipe, share)
+        loss = loss_of(model, x, y, alpha_bar, **more)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -1,6 +1,6 @@
-"""Triton kernels of gather_tokens and scatter_tokens: one program per ROWS rows of the output.
+"""Triton kernels of gather_tokens, scatter_tokens and update_tokens_: one program per ROWS rows.
 
-Every element of the output is written by one program. A program of scatter_tokens reads its
+Every element of an output is written by one program. A program of scatter_tokens reads its
 sample's whole index and keeps, for each of its rows, the largest position that names it: the last
 of several wins in any order of programs. An index outside of 0 to N - 1 names no row.
 """
@@ -88,6 +88,40 @@ def _scatter_tokens_kernel(
         tl.store(out_ptr + out_at[:, None] + d[None, :], out, mask=keep)
 
 
+@triton.jit
+def _update_tokens_kernel(
+    cache_ptr,  # [B, H, N, D], unit last stride; written in place
+    index_ptr,  # [B, A], unit last stride
+    y_ptr,  # [B, H, A, D], unit last stride
+    tokens,  # N
+    active,  # A
+    dim,
+    heads,  # H
+    cache_b, cache_h, cache_n, index_b, y_b, y_h, y_a,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    n = tl.load(index_ptr + b * index_b + a, mask=a < active, other=-1)
+    later = tl.zeros([ROWS], tl.int32)  # a row after this one has its place, and counts
+    for start in range(0, active, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        named = tl.load(index_ptr + b * index_b + i, mask=i < active, other=-1)
+        same = (named[None, :] == n[:, None]) & (i[None, :] > a[:, None])
+        later = tl.maximum(later, tl.max(same.to(tl.int32), 1))
+    live = (n >= 0) & (n < tokens) & (later == 0)
+    y_at = b * y_b + h * y_h + a.to(tl.int64) * y_a
+    cache_at = b * cache_b + h * cache_h + n * cache_n
+    for start in range(0, dim, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        keep = live[:, None] & (d < dim)[None, :]
+        y = tl.load(y_ptr + y_at[:, None] + d[None, :], mask=keep, other=0.0)
+        tl.store(cache_ptr + cache_at[:, None] + d[None, :], y, mask=keep)
+
+
 def _unit_last(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
@@ -127,3 +161,20 @@ def scatter_tokens(
             GATED=gate is not None, **config.kwargs, num_warps=config.num_warps,
         )  # fmt: skip
     return out
+
+
+def update_tokens_(
+    cache: Tensor, index: Tensor, y: Tensor, *, config: triton.Config = CONFIGS[0]
+) -> None:
+    """Launch on the current stream; shapes as in ``fastdiff.ops.update_tokens_``."""
+    if not y.numel():
+        return
+    index, y = _unit_last(index), _unit_last(y)
+    if cache.dim() == 3:
+        cache, y = cache[:, None], y[:, None]
+    (B, H, N, D), A = cache.shape, index.shape[1]
+    _update_tokens_kernel[(triton.cdiv(A, config.kwargs["ROWS"]), B * H)](
+        cache, index, y, N, A, D, H,
+        *cache.stride()[:3], index.stride(0), *y.stride()[:3],
+        **config.kwargs, num_warps=config.num_warps,
+    )  # fmt: skip

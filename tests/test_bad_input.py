@@ -61,6 +61,11 @@ def good(op):
             position=index(2, 5),
         ),
         "scatter_tokens": dict(x=x, index=index(2, 2), y=ones(2, 2, 8), gate=ones(2, 8)),
+        "select_tokens": dict(
+            score=ones(2, 6), count=2, drops=torch.zeros(2, 6, dtype=torch.int32),
+            forced=torch.zeros(2, 6, dtype=torch.bool),
+        ),
+        "update_tokens_": dict(cache=x.clone(), index=index(2, 2), y=ones(2, 2, 8)),
     }[op]  # fmt: skip
 
 
@@ -92,6 +97,7 @@ FINE = {
     ("qk_norm_rope", "cos", "first dimension + 1"): "sin is what differs then, and is named",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
     ("fused_step", "step", "no dimension"): "one row for all samples",
+    ("select_tokens", "drops", "int32"): "they are that",
     ("fused_step", "coef", "first dimension + 1"): "step picks rows of any number of them",
     ("philox_normal", "seed", "no dimension"): "one seed for all samples",
     ("philox_normal", "slot", "no dimension"): "one slot for all samples",
@@ -228,6 +234,9 @@ CALLS = dict(
                        step=torch.ones(2, dtype=long)),
     gather_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long)),
     scatter_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long), y=x[:, :2], gate=x[:, 0]),
+    select_tokens=dict(score=one(2, 6), drops=torch.zeros(2, 6, dtype=torch.int32),
+                       forced=torch.zeros(2, 6, dtype=torch.bool), factors=one(2, 9)),
+    update_tokens_=dict(cache=x.clone(), index=torch.zeros(2, 2, dtype=long), y=one(2, 2, 8)),
     geglu=dict(x=x, bias=one(8)),
     gelu_tanh=dict(x=x, bias=one(8)),
     qk_norm_rope=dict(q=q, k=q, q_weight=one(8), k_weight=one(8), cos=one(5, 4), sin=one(5, 4),
@@ -249,7 +258,7 @@ SPOIL = dict(
     meta=lambda t: t.to("meta"),
 )
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
-             keep=True, numel=7)
+             keep=True, numel=7, count=2, low=1, most=3, reset=True)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -298,6 +307,7 @@ VALID = {
     "geglu": {"x": "more_dims first_more empty"},
     "gelu_tanh": {"x": "more_dims first_more empty"},
     "group_norm_silu": {"x": "last_more last_less empty_last"},
+    "select_tokens": {"drops": "int32", "factors": "last_more last_less"},
     "philox_normal": {
         "seed": "high negative",
         "slot": "last_less high negative",

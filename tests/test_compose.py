@@ -11,6 +11,7 @@ import fastdiff
 from fastdiff import cache
 from fastdiff.cache.parse import POLICIES
 from fastdiff.testing import load_file
+from fastdiff.tokens import RegionAdaptive
 
 HERE = Path(__file__).parent / "integrations"
 networks, more = load_file(HERE / "networks.py"), load_file(HERE / "more_networks.py")
@@ -25,6 +26,7 @@ NEUTRAL = {
     "guidance": cache.GuidanceReuse(1),
     "magnitude": cache.MagnitudeRatio(),
     "taylor": cache.Forecast(1),
+    "tokens": RegionAdaptive(1.0),
 }
 WORKING = {
     "accumulated": cache.AccumulatedDistance(9.0, order=1),
@@ -35,6 +37,7 @@ WORKING = {
     "guidance": cache.GuidanceReuse(2),
     "magnitude": cache.MagnitudeRatio((1.0,) * 9, retention=0.2),
     "taylor": cache.Forecast(3),
+    "tokens": RegionAdaptive(0.4, start=2, resets=(5,)),
 }
 PAIRS = [*combinations(POLICIES, 1), *combinations(POLICIES, 2)]
 KINDS = {"unet": networks.sd15, "transformer": networks.pixart}

@@ -54,6 +54,9 @@ def calls(dtype):
         yield "gate_residual", (x, y, m[2]), {}
         yield "gather_tokens", (x, i(n, b, n)), {}
         yield "scatter_tokens", (x, i(n, b, 2), r(b, 2, d)), {}
+        yield "update_tokens_", (x, i(n, b, 2), r(b, 2, d)), {}
+        yield "update_tokens_", (r(b, 2, n, d), i(n, b, 3), r(b, 2, 3, d)), {}
+        yield "select_tokens", (r(b, d).float(), 1 + d // 3, i(4, b, d).int()), dict(high=0.5)
         yield "scatter_tokens", (x, i(n, b, n), y, m[2]), {}
         yield "scatter_tokens", (x, i(n, b, n), y, r(b, n, d)), {}
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
@@ -102,6 +105,8 @@ def backward(op, args, extra, at_end):
     if fastdiff.explain(op, *args, **extra)["native"] is None:
         out = op(*args, **extra, impl="native")
         out = out if isinstance(out, tuple) else (out,)
+        if not any(o.requires_grad for o in out):
+            return  # its outputs are indices
         torch.autograd.grad(out, leaves, [guard(torch.randn_like(o), at_end) for o in out])
 
 if sys.argv[1] == "control":

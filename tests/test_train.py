@@ -14,6 +14,9 @@ def tiny(monkeypatch):
     kind, config = train.NETWORKS["dit-digits"]
     small = {**config, "hidden_size": 32, "depth": 1, "num_heads": 2}
     monkeypatch.setitem(train.NETWORKS, "dit-digits", (kind, small))
+    kind, config = train.NETWORKS["dit-scenes"]
+    small = {**config, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    monkeypatch.setitem(train.NETWORKS, "dit-scenes", (kind, small))
     kind, config = train.NETWORKS["unet-digits"]
     small = {**config, "block_out_channels": (8, 8, 8), "heads": 1, "groups": 4}
     monkeypatch.setitem(train.NETWORKS, "unet-digits", (kind, small))
@@ -55,20 +58,17 @@ def test_train_save_resume(name, tiny, tmp_path):
 
 
 def test_losses_have_the_scale_of_their_targets(tiny):
-    digits = data.digits()
     for name, (kind, config) in train.NETWORKS.items():
         torch.manual_seed(0)
         model = kind(**config)
-        for p in (
-            model.final_layer.linear if name == "dit-digits" else model.conv_out
-        ).parameters():
+        for p in (model.final_layer.linear if "dit" in name else model.conv_out).parameters():
             torch.nn.init.zeros_(p)
-        alpha_bar = train.linear_alpha_bar()
-        loss = train.loss_of(model, digits.x[:256], digits.y[:256], alpha_bar).item()
-        need = 1 + digits.x.square().mean().item() if model.prediction == "flow" else 1.0
+        x, y, more = train.BATCHES[name](Recipe(batch=256), 0.0)
+        loss = train.loss_of(model, x, y, train.linear_alpha_bar(), **more).item()
+        need = 1 + x.square().mean().item() if model.prediction == "flow" else 1.0
         assert abs(loss - need) < 0.05, name
 
 
 def test_no_such_network(tmp_path):
-    with pytest.raises(ValueError, match="name is 'gan', need one of dit-digits, unet-digits"):
+    with pytest.raises(ValueError, match="name is 'gan', need one of dit-digits, dit-scenes, unet"):
         train.train("gan", tmp_path)

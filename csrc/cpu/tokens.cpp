@@ -100,15 +100,69 @@ at::Tensor scatter_tokens(const at::Tensor& x, const at::Tensor& index, const at
   return out;
 }
 
+// Of [B, N, C] as of one head, and of heads that lie one after another inside tokens too.
+HeadRows head_rows(const at::Tensor& t) {
+  const bool heads = t.dim() == 4;
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), heads ? t.stride(1) : 0,
+          t.stride(-2)};
+}
+
+void update_tokens(const at::Tensor& cache, const at::Tensor& index, const at::Tensor& y) {
+  const char* op = "update_tokens_";
+  UpdateTokensArgs args{};
+  Kept kept;
+  check_runs(op, "cache", cache);
+  args.dtype = dtype_of(op, "cache", cache);
+  TORCH_CHECK(cache.dim() == 3 || cache.dim() == 4, op, ": cache has shape ", cache.sizes(),
+              ", need 3 or 4 dimensions");
+  TORCH_CHECK(unit_last(cache), op, ": cache has strides ", cache.strides(),
+              ", need a last dimension that is contiguous");
+  const bool heads = cache.dim() == 4;
+  args.B = cache.size(0), args.H = heads ? cache.size(1) : 1;
+  args.N = cache.size(-2), args.D = cache.size(-1);
+  check_device(op, "index", index, cache);
+  check_dtype(op, "index", index, at::kLong);
+  TORCH_CHECK(index.dim() == 2 && index.size(0) == args.B, op, ": index has shape ", index.sizes(),
+              ", need [", args.B, ", any number]");
+  args.A = index.size(1);
+  TORCH_CHECK(args.A <= std::numeric_limits<int32_t>::max(), op, ": index has shape ",
+              index.sizes(), ", need less than 2**31 columns");
+  check_device(op, "y", y, cache);
+  check_dtype(op, "y", y, cache.scalar_type());
+  if (heads) {
+    check_sizes(op, "y", y, {args.B, args.H, args.A, args.D});
+  } else {
+    check_sizes(op, "y", y, {args.B, args.A, args.D});
+  }
+  const at::Tensor& places = kept.keep(index);
+  args.index = places.const_data_ptr<int64_t>();
+  args.index_stride = places.stride(0);
+  args.cache = head_rows(cache);
+  args.y = head_rows(kept.keep(y));
+  if (args.cache.h_stride == args.D && args.y.h_stride == args.D) {  // heads inside tokens
+    args.D *= args.H;
+    args.H = 1;
+  }
+  if (!on_gpu(cache))
+    for (int64_t i = 0; i < args.B * args.A; ++i) {
+      const int64_t n = args.index[i / args.A * args.index_stride + i % args.A];
+      TORCH_CHECK_VALUE(n >= 0 && n < args.N, op, ": index has value ", n, ", need 0 to ",
+                        args.N - 1);
+    }
+  if (y.numel()) FASTDIFF_RUN(update_tokens, args, cache);
+}
+
 }  // namespace
 }  // namespace fastdiff
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("gather_tokens", &fastdiff::gather_tokens);
   m.impl("scatter_tokens", &fastdiff::scatter_tokens);
+  m.impl("update_tokens_", &fastdiff::update_tokens);
 }
 
 TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
   m.impl("gather_tokens", &fastdiff::gather_tokens);
   m.impl("scatter_tokens", &fastdiff::scatter_tokens);
+  m.impl("update_tokens_", &fastdiff::update_tokens);
 }

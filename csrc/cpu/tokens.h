@@ -33,6 +33,23 @@ struct ScatterTokensArgs {
   int64_t B, N, A, D;
   Dtype dtype;
 };
+
+// Row (b, h, n) starts at data[b * b_stride + h * h_stride + n * n_stride].
+struct HeadRows {
+  void* data;
+  int64_t b_stride, h_stride, n_stride;
+};
+
+// cache[b, h, index[b, a]] = y[b, h, a], in place. Of several a with one index the last counts.
+struct UpdateTokensArgs {
+  HeadRows cache;        // [B, H, N, D]
+  HeadRows y;            // [B, H, A, D]
+  const int64_t* index;  // as above
+  int64_t index_stride;
+  int64_t B, H, N, A, D;
+  Dtype dtype;
+};
 }  // namespace fastdiff
+FASTDIFF_DECLARE_KERNEL(update_tokens, UpdateTokensArgs)
 FASTDIFF_DECLARE_KERNEL(gather_tokens, GatherTokensArgs)
 FASTDIFF_DECLARE_KERNEL(scatter_tokens, ScatterTokensArgs)

@@ -55,4 +55,28 @@ void scatter_tokens(const ScatterTokensArgs& a) {
                         }));
 }
 
+// Pieces of a row go to different threads, and every thread walks all rows of its piece in their
+// order: the last of several with one index is the last to be written.
+template <class T>
+static void update_pieces(const UpdateTokensArgs& a, int64_t piece, int64_t begin, int64_t end) {
+  const int64_t pieces = (a.D + piece - 1) / piece;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t d = task % pieces * piece, h = task / pieces % a.H, b = task / pieces / a.H;
+    const int64_t size = (d + piece < a.D ? piece : a.D - d) * int64_t(sizeof(T));
+    T* cache = static_cast<T*>(a.cache.data) + b * a.cache.b_stride + h * a.cache.h_stride + d;
+    const T* y = static_cast<const T*>(a.y.data) + b * a.y.b_stride + h * a.y.h_stride + d;
+    const int64_t* index = a.index + b * a.index_stride;
+    for (int64_t k = 0; k < a.A; ++k)
+      std::memcpy(cache + index[k] * a.cache.n_stride, y + k * a.y.n_stride, size);
+  }
+}
+
+void update_tokens(const UpdateTokensArgs& a) {
+  const int64_t piece = 128, pieces = (a.D + piece - 1) / piece;
+  const int64_t grain = 1 + 32768 / (1 + a.A * piece);
+  FASTDIFF_DTYPE_SWITCH(
+      a.dtype, parallel_for(0, a.B * a.H * pieces, grain,
+                            [&](int64_t b, int64_t e) { update_pieces<T>(a, piece, b, e); }));
+}
+
 FASTDIFF_KERNEL_END

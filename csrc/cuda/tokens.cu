@@ -1,7 +1,7 @@
 // Rows of samples by index: gathered, and scattered into a copy of x with or without a gate. A warp
 // moves a row, 16 bytes a lane where all rows are aligned to that, else one element; every element
 // of the output is written once. An index outside of 0 to N - 1 names no row: gathered, it gives
-// zeros; scattered, it is skipped.
+// zeros; scattered or updated, it is skipped.
 #include "cpu/tokens.h"
 #include "gpu.h"
 
@@ -97,6 +97,25 @@ __global__ void __launch_bounds__(kThreads) scatter_rows(ScatterTokensArgs a, in
   }
 }
 
+// A warp for each (b, a): it looks through the rest of the sample's index (8 A bytes, from cache)
+// for a later row with its place, which then counts in its stead, and copies the row of every head.
+template <class T, class Bits>
+__global__ void __launch_bounds__(kThreads) update_rows(UpdateTokensArgs a) {
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= a.B * a.A) return;
+  const int64_t b = row / a.A, k = row % a.A;
+  const int64_t* index = a.index + b * a.index_stride;
+  const int64_t n = index[k];
+  bool later = false;
+  for (int64_t i = k + 1 + lane; i < a.A; i += 32) later |= index[i] == n;
+  if (__any_sync(gpu::kAll, later) || n < 0 || n >= a.N) return;
+  const T* y = static_cast<const T*>(a.y.data) + b * a.y.b_stride + k * a.y.n_stride;
+  T* cache = static_cast<T*>(a.cache.data) + b * a.cache.b_stride + n * a.cache.n_stride;
+  for (int64_t h = 0; h < a.H; ++h)
+    copy_row<Bits>(y + h * a.y.h_stride, cache + h * a.cache.h_stride, a.D, lane);
+}
+
 #ifndef __CUDACC_RTC__
 namespace {
 
@@ -129,7 +148,27 @@ int launch(const ScatterTokensArgs& a, cudaStream_t stream) {
   return GPU_LAUNCH((scatter_rows<T, T>), grid, block, shared, stream, a, rows);
 }
 
+template <class T>
+bool aligned(const HeadRows& rows) {
+  return aligned<T>(TokenRows{rows.data, rows.b_stride, rows.n_stride}) &&
+         rows.h_stride % int64_t(16 / sizeof(T)) == 0;
+}
+
+template <class T>
+int launch(const UpdateTokensArgs& a, cudaStream_t stream) {
+  const dim3 grid(unsigned((a.B * a.A + kWarps - 1) / kWarps)), block(kThreads);
+  if (a.D % int64_t(16 / sizeof(T)) == 0 && aligned<T>(a.cache) && aligned<T>(a.y))
+    return GPU_LAUNCH((update_rows<T, uint4>), grid, block, 0, stream, a);
+  return GPU_LAUNCH((update_rows<T, T>), grid, block, 0, stream, a);
+}
+
 }  // namespace
+
+extern "C" int fastdiff_gpu_update_tokens(const UpdateTokensArgs* a, void* stream) {
+  int error = 0;
+  GPU_DTYPE_SWITCH(int(a->dtype), error = launch<T>(*a, static_cast<cudaStream_t>(stream)));
+  return error;
+}
 
 extern "C" int fastdiff_gpu_gather_tokens(const GatherTokensArgs* a, void* stream) {
   int error = 0;
@@ -147,7 +186,9 @@ extern "C" int fastdiff_gpu_scatter_tokens(const ScatterTokensArgs* a, void* str
   template __global__ void gather_rows<T, uint4>(GatherTokensArgs);        \
   template __global__ void gather_rows<T, T>(GatherTokensArgs);            \
   template __global__ void scatter_rows<T, uint4>(ScatterTokensArgs, int); \
-  template __global__ void scatter_rows<T, T>(ScatterTokensArgs, int);
+  template __global__ void scatter_rows<T, T>(ScatterTokensArgs, int);     \
+  template __global__ void update_rows<T, uint4>(UpdateTokensArgs);        \
+  template __global__ void update_rows<T, T>(UpdateTokensArgs);
 FASTDIFF_INSTANTIATE(float)
 FASTDIFF_INSTANTIATE(gpu::bf16)
 FASTDIFF_INSTANTIATE(gpu::f16)

@@ -13,6 +13,7 @@ from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.guidance import GuidanceReuse
 from fastdiff.cache.magnitude import MagnitudeRatio
+from fastdiff.tokens.region import RegionAdaptive
 
 POLICIES: dict[str, Any] = {
     "accumulated": AccumulatedDistance,
@@ -23,6 +24,7 @@ POLICIES: dict[str, Any] = {
     "guidance": GuidanceReuse,
     "magnitude": MagnitudeRatio,
     "taylor": Forecast,
+    "tokens": RegionAdaptive,
 }
 
 

@@ -29,6 +29,7 @@ from fastdiff.engine.capture_check import Report, check
 from fastdiff.engine.graphs import Pool, Runner, runner
 from fastdiff.engine.history import History
 from fastdiff.engine.request import Event, Request, current
+from fastdiff.tokens.region import RegionAdaptive
 
 _MOST = 64  # steps after which a cache that has not filled its memory is taken to need no more
 
@@ -189,6 +190,11 @@ class Programs(nn.Module):
                 raise ValueError(
                     f"Programs: cache is {policy!r}, which decides from features and waits for "
                     "them; need a schedule, such as fastdiff.calibrate.frozen makes of it"
+                )
+            if isinstance(policy, RegionAdaptive) and not policy.neutral:
+                raise ValueError(
+                    f"Programs: cache is {policy!r}, whose choice of tokens is not a buffer of a "
+                    "program; need a run without programs, or another policy"
                 )
             if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
                 raise ValueError(

@@ -78,6 +78,8 @@ class Request:
         limit: bytes that caches may hold at a time, None for any number.
         samples: of the run, None where nobody says: a batch of twice as many rows holds both
             branches of guidance.
+        prediction: the noise that the last step used, ``[samples, C, ...]``, all branches of
+            guidance in one; None where nobody says.
         static: shapes are the same in every call, caches keep their memory, and nothing is kept
             that depends on an input's identity: a call depends on its step alone.
         peak_bytes: the most that :attr:`state` held after a model call.
@@ -108,6 +110,7 @@ class Request:
         self.limit: int | None = None
         self.peak_bytes = 0
         self.samples: int | None = None
+        self.prediction: Tensor | None = None
         self.static = False
         self.marks: dict[int, Hashable] = {}
         self.notes: list[str] = []

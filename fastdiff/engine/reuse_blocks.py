@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdiff import ops
 from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.first_block import FirstBlock
@@ -23,6 +24,7 @@ from fastdiff.engine.history import Streams, fits_of
 from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Part, Request, current
+from fastdiff.engine.reuse_tokens import TokenCall, current_tokens
 from fastdiff.engine.rows import call_of
 from fastdiff.engine.view import BlockView
 
@@ -51,6 +53,9 @@ class Stack:
             self._request, self._policy, self._kept, self._part, self.batch, signal, self._compact
         )
         self.rows = self.decision.rows
+        tokens = current_tokens()
+        if tokens is not None:
+            tokens.rows = self.rows if isinstance(self.rows, Tensor) else None
 
     def leave(self, out: Streams) -> Streams:
         """After the last block, with what the rows that compute gave: the streams of all.
@@ -60,6 +65,11 @@ class Stack:
         if not self._kept.storing:
             return out
         step, history, start = self._request.step, self._kept.history, self._start
+        tokens = current_tokens()
+        if tokens is not None:
+            if out and out[0].shape[1] != start[0].shape[1]:
+                out = self._all_tokens(tokens, out)
+            tokens.rows = None
         if not isinstance(self.rows, str):
             # In this order: a call that breaks off leaves all as it was.
             whole = history.onto(start, step, self._policy.method)
@@ -73,6 +83,16 @@ class Stack:
             whole = out
         self.decision.remember()
         return whole
+
+    def _all_tokens(self, call: TokenCall, out: Streams) -> Streams:
+        """Streams of all tokens: those that did not run get the residual that they had."""
+        start, rows = self._start[0], self.rows
+        kept = self._kept.history.values[0][0]
+        index = call.index
+        assert index is not None
+        if isinstance(rows, Tensor):
+            start, kept, index = start[rows], kept[rows], index[rows]
+        return ops.update_tokens_((start + kept).contiguous(), index, out[0]), *out[1:]
 
 
 _stack: ContextVar[Stack | None] = ContextVar("fastdiff_stack", default=None)
@@ -129,9 +149,8 @@ def _wrap(view: BlockView, i: int, policy: Policy, patch: Patch) -> None:
             out = plain(*args, **kwargs)
             if i == head - 1:
                 after = block.unpack(out)
-                stack.enter(
-                    after, after[0] - streams[0] if isinstance(policy, FirstBlock) else None
-                )
+                measured = isinstance(policy, FirstBlock) and not policy.neutral
+                stack.enter(after, after[0] - streams[0] if measured else None)
             return out
         if i == 0:
             stack.enter(streams, _signal(view, policy, args, kwargs))

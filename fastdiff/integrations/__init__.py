@@ -25,9 +25,11 @@ from fastdiff.cache import (
 )
 from fastdiff.engine import reuse_encoder, reuse_guidance, reuse_unet
 from fastdiff.engine.patch import Patch
+from fastdiff.engine.reuse_blocks import ends_of
 from fastdiff.engine.view import BlockView
-from fastdiff.integrations import module_views, unet_views, views
+from fastdiff.integrations import module_views, token_views, unet_views, views
 from fastdiff.integrations.exact_mode import exact
+from fastdiff.tokens import RegionAdaptive
 
 __all__ = ["exact", "reuse"]
 
@@ -42,14 +44,16 @@ _DEEP = (
 )
 _SCHEDULED = (DeepCache, EncoderPropagation, Forecast, MagnitudeRatio)
 # What policies skip, the innermost first; one network takes one of each.
-_KINDS: tuple[tuple[type, ...], ...] = ((Broadcast,), _DEEP, (GuidanceReuse,))
+_KINDS: tuple[tuple[type, ...], ...] = ((RegionAdaptive,), (Broadcast,), _DEEP, (GuidanceReuse,))
 
 
 def _kind(policy: Any) -> int:
     for i, classes in enumerate(_KINDS):
         if isinstance(policy, classes):
             return i
-    raise ValueError(f"accelerate: cache is {policy!r}, need policies of fastdiff.cache")
+    raise ValueError(
+        f"accelerate: cache is {policy!r}, need policies of fastdiff.cache or fastdiff.tokens"
+    )
 
 
 def reuse(
@@ -67,15 +71,46 @@ def reuse(
             raise ValueError(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
-    inner = [policy for policy in ordered if not isinstance(policy, GuidanceReuse)]
+    parts = []
+    if ordered and isinstance(ordered[0], RegionAdaptive):
+        parts = _tokens(network, ordered[0], ordered[1:], patch, view)
+    inner = [p for p in ordered if not isinstance(p, GuidanceReuse | RegionAdaptive)]
     if inner and isinstance(inner[0], Broadcast) and not inner[0].neutral:
         _with_modules(inner[1:])
-    parts = [part for policy in inner for part in _reuse(network, policy, patch, view)]
+    parts += [part for policy in inner for part in _reuse(network, policy, patch, view)]
+    inner = [policy for policy in ordered if not isinstance(policy, GuidanceReuse)]
     for policy in ordered[len(inner) :]:
         _with_guidance(policy, inner)
         parted = any(not p.neutral for p in inner)
         parts += reuse_guidance.guidance(network, policy, patch, parted)
     return parts
+
+
+def _tokens(
+    network: nn.Module,
+    policy: RegionAdaptive,
+    others: Sequence[Any],
+    patch: Patch,
+    view: BlockView | None,
+) -> list[str]:
+    """Tokens in focus, below the other policies."""
+    first, always = 0, False
+    for other in others:
+        if policy.neutral or other.neutral:
+            continue
+        if isinstance(other, Broadcast):
+            raise ValueError(
+                f"accelerate: cache has {policy!r} and {other!r}, whose kept outputs are of all "
+                "tokens; need a policy of blocks there, such as Forecast"
+            )
+        if isinstance(other, _DEEP) and not isinstance(other, EncoderPropagation):
+            first, always = ends_of(other)[0], True
+    if view is not None and not policy.neutral:
+        raise ValueError(
+            f"accelerate: cache is {policy!r}, which needs to know the network's attention, and "
+            "view does not tell; need another policy, or no view"
+        )
+    return token_views.reuse(network, policy, patch, first, always)
 
 
 def _with_guidance(policy: GuidanceReuse, inner: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.engine.reuse_tokens import current_tokens, keys_values, positions
 from fastdiff.integrations.rules import Rule, class_name, usable
 from fastdiff.integrations.text_kv import project
 
@@ -32,6 +33,37 @@ def why_left(module: Any) -> str | None:
     """A sentence for an attention whose processor has no rule."""
     processor = getattr(module, "processor", None)
     return None if class_name(processor) in _STOCK else f"has {type(processor).__name__}"
+
+
+def why_all_tokens(network: nn.Module) -> str:
+    """Why the attention of ``network`` needs all tokens in every call, "" where it does not."""
+    for module in network.modules():
+        if class_name(module) not in RULES:
+            if hasattr(module, "processor") and hasattr(module, "to_q"):
+                return f"{type(module).__name__} has no rule"
+            continue
+        other = why_left(module)
+        if other is not None:
+            return f"an attention {other}"
+        fused = getattr(module, "fused_projections", False)
+        if fused and class_name(module) != _PROCESSORS + "Attention":
+            return "an attention has fused projections"
+    return ""
+
+
+def _need_all_tokens(module: Any, x: Tensor) -> None:
+    """An attention without a rule for this call cannot run on some of the tokens.
+
+    Raises:
+        ValueError: it is asked to.
+    """
+    call = current_tokens()
+    if call is not None and call.index is not None and x.shape[1] != call.total:
+        raise ValueError(
+            f"accelerate: an attention ({type(module).__name__} with "
+            f"{type(module.processor).__name__}) was called with arguments that it has no rule "
+            f"for, on {x.shape[1]} of {call.total} tokens; need a cache without RegionAdaptive"
+        )
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -64,7 +96,13 @@ def _rms(norm: Any, x: Tensor) -> bool:
 
 
 def _norm_rope(
-    q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, cos: Any = None, sin: Any = None
+    q: Tensor,
+    k: Tensor,
+    norm_q: Any,
+    norm_k: Any,
+    cos: Any = None,
+    sin: Any = None,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both norms and the rotation in one kernel, where the norms are ours to read."""
     if (
@@ -74,10 +112,10 @@ def _norm_rope(
         and norm_q.eps == norm_k.eps
     ):
         weights = norm_q.weight, norm_k.weight
-        return ops.qk_norm_rope(q, k, *weights, cos=cos, sin=sin, eps=norm_q.eps)
+        return ops.qk_norm_rope(q, k, *weights, cos=cos, sin=sin, position=position, eps=norm_q.eps)
     q = q if norm_q is None else norm_q(q)
     k = k if norm_k is None else norm_k(k)
-    return (q, k) if cos is None else ops.qk_norm_rope(q, k, cos=cos, sin=sin)
+    return (q, k) if cos is None else ops.qk_norm_rope(q, k, cos=cos, sin=sin, position=position)
 
 
 def _bias(mask: Any, q: Tensor, keys: int) -> Tensor | None:
@@ -108,6 +146,7 @@ def attention(
         out = None
     if out is not None:
         return out
+    _need_all_tokens(self, hidden_states)
     return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
@@ -128,6 +167,8 @@ def _one_stream(self: Any, x: Tensor, context: Tensor | None, mask: Tensor | Non
     k, v = (self.to_k(h), self.to_v(h)) if context is None else project(self, context)
     k, v = _heads(k, self.heads), _heads(v, self.heads)
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k)
+    if context is None:
+        k, v = keys_values(self, k, v)
     out = self.to_out[1](self.to_out[0](_attend(q, k, v, bias)))
     if x.dim() == 4:
         out = out.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -141,11 +182,12 @@ def _joint(self: Any, x: Tensor, context: Tensor | None) -> Any:
     q, k, v = (_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k)
     if context is None:
-        return self.to_out[1](self.to_out[0](_attend(q, k, v)))
+        return self.to_out[1](self.to_out[0](_attend(q, *keys_values(self, k, v))))
     projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
     q2, k2, v2 = (_heads(to(context), self.heads) for to in projections)
     q2, k2 = _norm_rope(q2, k2, self.norm_added_q, self.norm_added_k)
-    out = _attend(_join(q, q2), _join(k, k2), _join(v, v2))
+    k, v = keys_values(self, _join(k, k2), _join(v, v2), after=context.shape[1])
+    out = _attend(_join(q, q2), k, v)
     second = out[:, n:]
     if not self.context_pre_only:
         second = self.to_add_out(second)
@@ -182,22 +224,27 @@ def flux(
         or not _native_backend(self.processor)
         or (context is None) != (self.added_kv_proj_dim is None)
     ):
+        _need_all_tokens(self, x)
         return type(self).forward(self, x, context, attention_mask, image_rotary_emb, **kwargs)
     cos = sin = None
     if image_rotary_emb is not None:  # every angle stands twice there
         cos, sin = (t[:, ::2].to(x.device, torch.float32) for t in image_rotary_emb)
     n = 0 if context is None else context.shape[1]
     q, k, v = (_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))
-    rows = (None, None) if cos is None or sin is None else (cos[n:], sin[n:])
-    q, k = _norm_rope(q, k, self.norm_q, self.norm_k, *rows)
-    if context is None:
-        out = _attend(q, k, v)
-        return out  # a single block projects it together with its MLP
+    tokens = current_tokens()
+    # A single block has text and picture in one stream.
+    text = 0 if tokens is None or cos is None or context is not None else len(cos) - tokens.total
+    place = positions(x.shape[1], before=text)
+    of_rows = (None, None) if cos is None or sin is None else (cos[n:], sin[n:])
+    q, k = _norm_rope(q, k, self.norm_q, self.norm_k, of_rows[0], of_rows[1], place)
+    if context is None:  # a single block projects the output together with its MLP's
+        return _attend(q, *keys_values(self, k, v, before=text))
     projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
     q2, k2, v2 = (_heads(to(context), self.heads) for to in projections)
     rows = (None, None) if cos is None or sin is None else (cos[:n], sin[:n])
     q2, k2 = _norm_rope(q2, k2, self.norm_added_q, self.norm_added_k, *rows)
-    out = _attend(_join(q2, q), _join(k2, k), _join(v2, v))
+    k, v = keys_values(self, _join(k2, k), _join(v2, v), before=n)
+    out = _attend(_join(q2, q), k, v)
     return self.to_out[1](self.to_out[0](out[:, n:])), self.to_add_out(out[:, :n])
 
 
@@ -220,6 +267,7 @@ def wan(
         or self.add_k_proj is not None
         or not _native_backend(self.processor)
     ):
+        _need_all_tokens(self, x)
         return type(self).forward(
             self, x, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
         )
@@ -234,7 +282,9 @@ def wan(
     q, k, v = (_heads(t, self.heads) for t in (q, k, v))
     if rotary_emb is not None:
         cos, sin = rotary_emb[0][0, :, 0, 0::2].float(), rotary_emb[1][0, :, 0, 1::2].float()
-        q, k = ops.qk_norm_rope(q, k, cos=cos, sin=sin)
+        q, k = ops.qk_norm_rope(q, k, cos=cos, sin=sin, position=positions(q.shape[2]))
+    if encoder_hidden_states is None:
+        k, v = keys_values(self, k, v)
     return self.to_out[1](self.to_out[0](_attend(q, k, v)))
 
 

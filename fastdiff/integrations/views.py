@@ -151,19 +151,21 @@ def dit(network: DiT, policy: Policy, patch: Patch) -> list[str]:
         before, signal = h, normed
         if head:
             h, normed = plain(h, normed, mods, 0, head)
-        if isinstance(policy, FirstBlock):
+        measured = isinstance(policy, FirstBlock | AccumulatedDistance) and not policy.neutral
+        if isinstance(policy, FirstBlock) and measured:
             signal = h - before
-        measured = isinstance(policy, FirstBlock | AccumulatedDistance)
         stack.enter((h,), signal if measured else None)
         if isinstance(stack.rows, str):
-            h, normed = plain(h, normed, mods, head, last)
-            stack.leave((h,))
+            some, normed = plain(h, normed, mods, head, last)
+            (h,) = stack.leave((some,))
+            if h is not some:  # tokens that did not run joined those that did
+                normed = ops.layer_norm_modulate(h, mods[6 * last], mods[6 * last + 1], eps=EPS)
         else:
-            some: tuple[Tensor, ...] = ()
+            streams: tuple[Tensor, ...] = ()
             if stack.rows is not None:
                 rows = stack.rows
-                some = (plain(h[rows], normed[rows], [m[rows] for m in mods], head, last)[0],)
-            (h,) = stack.leave(some)
+                streams = (plain(h[rows], normed[rows], [m[rows] for m in mods], head, last)[0],)
+            (h,) = stack.leave(streams)
             normed = ops.layer_norm_modulate(h, mods[6 * last], mods[6 * last + 1], eps=EPS)
         return plain(h, normed, mods, last, stop) if tail else (h, normed)
 

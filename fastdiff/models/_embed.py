@@ -39,9 +39,18 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
 
 
 def check_inputs(
-    name: str, x: Tensor, t: Tensor, y: Tensor | None, *, channels: int, multiple: int, classes: int
+    name: str,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor | None,
+    *,
+    channels: int,
+    multiple: int,
+    classes: int,
+    layout: bool = False,
 ) -> None:
-    """``x [B, channels, H, W]``, H and W in ``multiple``s; ``t [B]``; ``y [B]`` in 0..classes."""
+    """``x [B, channels, H, W]``, H and W in ``multiple``s; ``t [B]``; ``y [B]`` in 0..classes, or a
+    ``layout [B, K, 3]`` of class, top and left."""
     check_tensor(name, "x", x, dim=4)
     if x.shape[1] != channels:
         raise ValueError(f"{name}: x has {x.shape[1]} channels, need {channels}")
@@ -57,12 +66,22 @@ def check_inputs(
         raise ValueError(f"{name}: t is on {t.device}, need {x.device}, the device of x")
     if y is None:
         return
-    if not isinstance(y, Tensor) or y.shape != (x.shape[0],) or y.dtype != torch.int64:
+    shape: tuple[int, ...] = (x.shape[0],)
+    what = "classes"
+    if layout:
+        boxes = y.shape[1] if isinstance(y, Tensor) and y.dim() == 3 else 3
+        shape, what = (x.shape[0], boxes, 3), "boxes: class, top and left"
+    if not isinstance(y, Tensor) or y.shape != shape or y.dtype != torch.int64:
         got = f"{list(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{name}: y is {got}, need an int64 tensor [{x.shape[0]}] of classes")
+        raise ValueError(f"{name}: y is {got}, need an int64 tensor {list(shape)} of {what}")
     if y.device != x.device:
         raise ValueError(f"{name}: y is on {y.device}, need {x.device}, the device of x")
-    check_range(name, "y", y, 0, classes + 1)
+    if not layout:
+        check_range(name, "y", y, 0, classes + 1)
+        return
+    check_range(name, "y's class", y[..., 0], 0, classes + 1)
+    check_range(name, "y's top", y[..., 1], 0, x.shape[2])
+    check_range(name, "y's left", y[..., 2], 0, x.shape[3])
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:

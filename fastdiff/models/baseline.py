@@ -19,23 +19,40 @@ from fastdiff.models.unet import Attention, Resnet, Transformer, UNet
 
 
 class PlainDiT(DiT):
-    """:class:`~fastdiff.models.DiT` in plain torch."""
+    """:class:`~fastdiff.models.DiT` in plain torch.
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    ``window``: int64 ``[B, 2]``, the row and column of the stored position table where each sample
+    begins, for training on parts of pictures; the places of a layout are then those in the part,
+    and may lie outside of it.
+    """
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, *, window: Tensor | None = None
+    ) -> Tensor:
         check_inputs(
             "DiT",
             x,
             t,
-            y,
+            y if window is None else None,
             channels=self.in_channels,
             multiple=self.patch_size,
             classes=self.num_classes,
+            layout=self.box_size > 0,
         )
         dtype, p = weight_dtype(self), self.patch_size
+        rows, columns = x.shape[2] // p, x.shape[3] // p
         c = self.t_embedder.mlp(timestep_embedding(t, FREQUENCIES).to(dtype))
-        c = c + self.y_embedder.embedding_table(y)
         h = self.x_embedder.proj(x.to(dtype)).flatten(2).transpose(1, 2)
-        h = h + self.positions(x.shape[2] // p, x.shape[3] // p)
+        if window is None:
+            h = h + self.positions(rows, columns)
+        else:
+            row = window[:, 0, None, None] + torch.arange(rows)[:, None]
+            place = row * (self.input_size // p) + window[:, 1, None, None] + torch.arange(columns)
+            h = h + self.pos_embed[0][place.flatten(1)]
+        if self.box_size:
+            h = h + self.layout(y, rows, columns)
+        else:
+            c = c + self.y_embedder.embedding_table(y)
         for block in self.blocks:
             mods = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = mods

@@ -71,6 +71,10 @@ class DiT(nn.Module):
         num_classes: classes; class ``num_classes`` is the null class of guidance.
         learn_sigma: the network also predicts C channels of variance: 2C out.
         prediction: what the first C channels are: "flow" (noise - data) or "eps" (noise).
+        box_size: pixels, a multiple of the patch. Above 0 the condition is a layout ``[B, K, 3]``:
+            class, top and left of K boxes of this size. Every token whose centre lies in a box
+            gets the embeddings of the class and of its own place in the box; the modulations
+            depend on the time alone.
     """
 
     x_embedder: Any
@@ -91,8 +95,13 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         prediction: str = "eps",
+        box_size: int = 0,
     ):
         super().__init__()
+        if box_size % patch_size:
+            raise ValueError(
+                f"DiT: box_size is {box_size}, need a multiple of patch_size {patch_size}"
+            )
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"DiT: hidden_size is {hidden_size}, "
@@ -116,6 +125,9 @@ class DiT(nn.Module):
             learn_sigma=learn_sigma,
             prediction=prediction,
         )
+        if box_size:
+            self.config["box_size"] = box_size
+        self.box_size = box_size
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.num_heads = in_channels, num_heads
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -127,6 +139,8 @@ class DiT(nn.Module):
         self.t_embedder.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
         self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, d)
+        if box_size:  # the last place is outside of all boxes
+            self.y_embedder.place_table = nn.Embedding((box_size // patch_size) ** 2 + 1, d)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, d), requires_grad=False)
         self.blocks = nn.ModuleList(_Block(d, mlp_ratio) for _ in range(depth))
@@ -152,6 +166,8 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.pos_embed.shape[-1], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if self.box_size:
+            nn.init.normal_(self.y_embedder.place_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for block in self.blocks:
@@ -186,7 +202,29 @@ class DiT(nn.Module):
         h = ops.linear(
             F.silu(ops.linear(frequencies, first.weight, first.bias)), second.weight, second.bias
         )
-        return F.silu(h + self.y_embedder.embedding_table(y))
+        return F.silu(h if self.box_size else h + self.y_embedder.embedding_table(y))
+
+    def layout(self, y: Tensor, rows: int, columns: int) -> Tensor:
+        """Embeddings of the boxes ``y [B, K, 3]`` at a grid of tokens, ``[B, rows*columns, D]``.
+        Where boxes overlap the last one counts."""
+        p, cells = self.patch_size, self.box_size // self.patch_size
+        kind, top, left = y[..., None, None].unbind(2)  # [B, K, 1, 1]
+        # The cell of a box in which a token's centre, at (i + 1/2) p, lies.
+        row = (torch.arange(rows, device=y.device)[:, None] * p + p // 2 - top).div(
+            p, rounding_mode="floor"
+        )
+        column = (torch.arange(columns, device=y.device) * p + p // 2 - left).div(
+            p, rounding_mode="floor"
+        )
+        inside = (kind < self.num_classes) & (row >= 0) & (row < cells)
+        inside = inside & (column >= 0) & (column < cells)  # [B, K, rows, columns]
+        place, cell = torch.full_like(inside[:, 0], cells * cells, dtype=torch.int64), row * cells
+        label = torch.full_like(place, self.num_classes)
+        for k in range(y.shape[1]):
+            place = torch.where(inside[:, k], cell[:, k] + column[:, k], place)
+            label = torch.where(inside[:, k], kind[:, k], label)
+        tables = self.y_embedder
+        return (tables.embedding_table(label) + tables.place_table(place)).flatten(1, 2)
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """``[B, N, p*p*C]`` -> ``[B, C, H, W]``."""
@@ -202,9 +240,12 @@ class DiT(nn.Module):
         attn = block.attn
         qkv = ops.linear(h, attn.qkv.weight, attn.qkv.bias)
         q, k, v = qkv.view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        out: Any = ops.attention(q, k, v)
-        out = out.transpose(1, 2).reshape(b, n, d)
+        out = self.attention(block, q, k, v).transpose(1, 2).reshape(b, n, d)
         return ops.linear(out, attn.proj.weight, attn.proj.bias)
+
+    def attention(self, block: _Block, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """Softmax attention of one block: ``[B, H, N, D/H]`` each, and as much out."""
+        return ops.attention(q, k, v)
 
     def mlp(self, block: _Block, h: Tensor) -> Tensor:
         """Feed-forward of one block: ``[B, N, D]`` -> ``[B, N, D]``."""
@@ -229,7 +270,8 @@ class DiT(nn.Module):
         Args:
             x: ``[B, C, H, W]``; H and W multiples of the patch.
             t: ``[B]``, times in 0..1000.
-            y: ``[B]`` int64, classes; ``num_classes`` for none.
+            y: ``[B]`` int64, classes; ``num_classes`` for none. With ``box_size`` a layout ``[B, K,
+                3]`` int64: class, top and left (pixels) of each box; ``num_classes`` for no box.
 
         Returns:
             ``[B, C, H, W]``, or ``[B, 2C, H, W]`` with ``learn_sigma``; the dtype of ``x``.
@@ -245,10 +287,13 @@ class DiT(nn.Module):
             channels=self.in_channels,
             multiple=self.patch_size,
             classes=self.num_classes,
+            layout=self.box_size > 0,
         )
         height, width = x.shape[2:]
         c = self.condition(t, y)
         h = self.embed(x.to(c.dtype))
+        if self.box_size:
+            h = h + self.layout(y, height // self.patch_size, width // self.patch_size)
         mods: list[Tensor] = []
         for block in self.blocks:
             modulation = block.adaLN_modulation[1]

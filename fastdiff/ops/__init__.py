@@ -13,7 +13,8 @@ from fastdiff.ops.layer_norm_modulate import (
 )
 from fastdiff.ops.linear import linear
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
-from fastdiff.ops.tokens import gather_tokens, scatter_tokens
+from fastdiff.ops.select_tokens import select_tokens
+from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 
 __all__ = [
     "GroupBias",
@@ -34,4 +35,6 @@ __all__ = [
     "qk_norm_rope",
     "rope_table",
     "scatter_tokens",
+    "select_tokens",
+    "update_tokens_",
 ]

@@ -4,9 +4,15 @@ DynamicViT, arXiv:2106.02034; region-adaptive sampling: Liu et al. 2025, arXiv:2
     gather_tokens:    out[b, a] = x[b, index[b, a]]
     scatter_tokens:   out = x, then out[b, index[b, a]] = y[b, a], a = 0, 1, ...
       with a gate:    out = x, then out[b, index[b, a]] = x[b, index[b, a]] + gate y[b, a]
+    update_tokens_:   the same without a gate, in x itself and in all its heads: what refreshes the
+                      kept keys and values of the tokens that a step computes
 
 Of several a with one index in a sample the last counts, in every row of the table and with a gate
-too, so that a result depends on no order of threads. Every element of the output is written once.
+too, so that a result depends on no order of threads. Every element of an output is written once.
+
+Ragged batches: with as many tokens for each sample as it likes, a batch whose samples lie one after
+another in memory is one sample of B * N tokens, of which sample b's are b * N + 0, 1, ...
+(``x.view(1, B * N, D)``, index ``[1, total]``); nothing is padded then.
 """
 
 from __future__ import annotations
@@ -52,6 +58,22 @@ def scatter_tokens_ref(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | None)
     return torch.where((last >= 0)[:, :, None], row, x).contiguous()
 
 
+def update_tokens_ref(cache: Tensor, index: Tensor, y: Tensor) -> None:
+    """The specification: the bits of ``y``; nothing else in the memory of ``cache`` is written."""
+    tokens = cache.dim() - 2
+    check_range("update_tokens_", "index", index, 0, cache.shape[tokens])
+    position = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    last = index.new_full((cache.shape[0], cache.shape[tokens]), -1)
+    last = last.scatter_reduce(1, index, position, "amax")  # [B, N]
+    hit, source = last >= 0, last.clamp(min=0)
+    if index.shape[1] == 0:
+        return
+    if cache.dim() == 4:
+        hit, source = hit[:, None], source[:, None].expand(-1, cache.shape[1], -1)
+    row = y.gather(tokens, source[..., None].expand(*source.shape, y.shape[-1]))
+    cache.copy_(torch.where(hit[..., None], row, cache))
+
+
 def _gather_native_why_not(x: Tensor, index: Tensor) -> str | None:
     return why_not_native(x, gpu="gather_tokens") or refuse_grad(x)
 
@@ -68,6 +90,14 @@ def _scatter_triton_why_not(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | 
     return why_not_triton(x, y, gate) or refuse_grad(x, y, gate)
 
 
+def _update_native_why_not(cache: Tensor, index: Tensor, y: Tensor) -> str | None:
+    return why_not_native(cache, y, gpu="update_tokens") or refuse_grad(cache, y)
+
+
+def _update_triton_why_not(cache: Tensor, index: Tensor, y: Tensor) -> str | None:
+    return why_not_triton(cache, y) or refuse_grad(cache, y)
+
+
 GATHER_IMPLS = (
     Impl("native", native("gather_tokens"), _gather_native_why_not),
     Impl("triton", triton_row("tokens", "gather_tokens"), _gather_triton_why_not),
@@ -77,6 +107,11 @@ SCATTER_IMPLS = (
     Impl("native", native("scatter_tokens"), _scatter_native_why_not),
     Impl("triton", triton_row("tokens", "scatter_tokens"), _scatter_triton_why_not),
     Impl("ref", scatter_tokens_ref, always),
+)
+UPDATE_IMPLS = (
+    Impl("native", native("update_tokens_"), _update_native_why_not),
+    Impl("triton", triton_row("tokens", "update_tokens_"), _update_triton_why_not),
+    Impl("ref", update_tokens_ref, always),
 )
 
 
@@ -110,9 +145,31 @@ def scatter_args(
     return x, index, y, gate
 
 
+def update_args(cache: Tensor, index: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the public arguments of update_tokens_ and give those of a row."""
+    op = "update_tokens_"
+    check_tensor(op, "cache", cache)
+    if cache.dim() not in (3, 4):
+        raise ValueError(f"{op}: cache has shape {list(cache.shape)}, need 3 or 4 dimensions")
+    if cache.shape[-1] > 1 and cache.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: cache has strides {list(cache.stride())}, need a last dimension that is "
+            "contiguous"
+        )
+    check_index(op, "index", index, cache)
+    if index.dim() != 2 or index.shape[0] != cache.shape[0]:
+        raise ValueError(
+            f"{op}: index has shape {list(index.shape)}, need [{cache.shape[0]}, any number]"
+        )
+    check_like(op, "y", y, cache)
+    check_shape(op, "y", y, (*cache.shape[:-2], index.shape[1], cache.shape[-1]))
+    return cache, index, y
+
+
 TABLES = {
     "gather_tokens": (GATHER_IMPLS, gather_args),
     "scatter_tokens": (SCATTER_IMPLS, scatter_args),
+    "update_tokens_": (UPDATE_IMPLS, update_args),
 }
 
 
@@ -167,6 +224,32 @@ def scatter_tokens(
     return pick("scatter_tokens", SCATTER_IMPLS, impl, *args)(*args)
 
 
+def update_tokens_(cache: Tensor, index: Tensor, y: Tensor, *, impl: str | None = None) -> Tensor:
+    """Write rows into ``cache`` in place: ``cache[b, ..., index[b, a], :] = y[b, ..., a, :]``.
+
+    Args:
+        cache: ``[B, N, D]``, or ``[B, H, N, D]`` (keys or values of heads); float16, bfloat16 or
+            float32 (any on the reference row); any strides but that of the last dimension, 1.
+        index: ``[B, A]`` int64, 0 to N - 1, on the device of ``cache``. Where a sample names a
+            token several times, the last counts.
+        y: ``[B, A, D]`` or ``[B, H, A, D]``, dtype and device of ``cache``; shares no memory with
+            it; last dimension contiguous, else it is copied.
+        impl: row of ``UPDATE_IMPLS`` to force; None takes the first that accepts.
+
+    Returns:
+        ``cache``.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above, or, on the CPU, an index is
+            outside of 0 to N - 1; nothing is written then. On a GPU nothing waits for that: the
+            CUDA and Triton rows skip such an index.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    args = update_args(cache, index, y)
+    pick("update_tokens_", UPDATE_IMPLS, impl, *args)(*args)
+    return cache
+
+
 if hasattr(torch.ops.fastdiff, "gather_tokens"):
 
     @torch.library.register_fake("fastdiff::gather_tokens")
@@ -176,3 +259,7 @@ if hasattr(torch.ops.fastdiff, "gather_tokens"):
     @torch.library.register_fake("fastdiff::scatter_tokens")
     def _(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("fastdiff::update_tokens_")
+    def _(cache: Tensor, index: Tensor, y: Tensor) -> None:
+        return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdiff.samplers.schedule import Schedule
-from fastdiff.samplers.table import Table, build, to_x0
+from fastdiff.samplers.table import Multistep, Table, build, to_x0
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,5 @@ class DPMpp2M:
             "a_x": a_x, "a_m": a_m, "c_x": c_x, "c_0": c_d * (1 + ahead), "c_h1": -c_d * ahead,
             "k_0": one, "sigma": v, "r_a": alpha_s, "r_b": sigma_s,
         }  # fmt: skip
-        return build(t, columns, clip=clip)
+        multistep = Multistep.of(lam[:-1], a_x, a_m, clip)
+        return build(t, columns, clip=clip, multistep=multistep)

@@ -90,12 +90,19 @@ def _like_state(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 def _classes(model: Any, classes: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-    null = getattr(model, "num_classes", None)
+    null, layout = getattr(model, "num_classes", None), getattr(model, "box_size", 0) > 0
     if classes is None:
-        return None if null is None else torch.full((batch,), null, device=device)
-    if not isinstance(classes, Tensor) or classes.dtype != torch.int64 or classes.shape != (batch,):
+        shape = (batch, 1, 3) if layout else (batch,)
+        return None if null is None else torch.full(shape, null, device=device)
+    good = isinstance(classes, Tensor) and classes.dtype == torch.int64
+    if good and layout:
+        good = classes.dim() == 3 and classes.shape[::2] == (batch, 3)
+    elif good:
+        good = classes.shape == (batch,)
+    if not good:
         found = f"{classes.dtype} {list(classes.shape)}" if isinstance(classes, Tensor) else classes
-        raise ValueError(f"sample: classes is {found}, need torch.int64 [{batch}]")
+        need = f"[{batch}, K, 3] of class, top and left" if layout else f"[{batch}]"
+        raise ValueError(f"sample: classes is {found}, need torch.int64 {need}")
     return classes.to(device)
 
 
@@ -153,6 +160,8 @@ def sample(
     mask: Tensor | None = None,
     reference: Tensor | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
+    predicted: Callable[[Tensor], None] | None = None,
+    gaps: Callable[[Tensor], Tensor | None] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     prediction: str | None = None,
@@ -168,7 +177,8 @@ def sample(
         x: the state at the first level (noise), or its shape: then noise is drawn from ``seed``.
         sampler: a name of ``SAMPLERS``, or a sampler object.
         steps: noise levels to visit, at least 1; "heun" calls the model twice at all but the first.
-        classes: int64 ``[B]``; None: the null class, or no class where the model has none.
+        classes: int64 ``[B]``; None: the null class, or no class where the model has none. Of a
+            model with ``box_size`` a layout ``[B, K, 3]``: class, top and left of every box.
         guidance: classifier-free guidance scale g, or one a sample ``[B]``; 1 runs no
             unconditional branch. The model is called once with 2B rows, unconditional first.
         guidance_rescale: phi of arXiv:2305.08891; 0 is off.
@@ -180,6 +190,11 @@ def sample(
         mask: ``[B|1, C|1, ...]``: 1 is generated, 0 is taken from ``reference`` at its noise level.
         reference: ``[B, C, ...]``, clean; with ``mask``.
         callback: ``callback(i, t, x)`` after model call i at model time t, with the new state.
+        predicted: told the model's prediction ``[B, C, ...]`` before every step, with both branches
+            of guidance in one (before ``guidance_rescale``).
+        gaps: ``gaps(x)`` after a model call: int64 ``[B, 1, ...]`` that broadcasts to x, how many
+            calls ago the prediction of each element was made before this one; None: 1 for all.
+            Multistep samplers continue it from there.
         dtype: of the state; None: that of ``x``, or float32. The model gets its own dtype.
         device: of the state; None: that of ``x``, or of the model.
         prediction: "eps", "v", "x0", "flow" (velocity ``eps - x0``) or "edm" (Karras's F, with its
@@ -255,6 +270,15 @@ def sample(
         else:
             out = model(model_in, times[i].expand(batch), y)
         m = out.view(branches, batch, *out.shape[1:])[:, :, : state.shape[1]]
+        late = None if gaps is None or not table.reads[i] else gaps(state)
+        noise = m[0]
+        if with_null and (predicted is not None or late is not None):
+            assert weights is not None
+            noise = torch.einsum("gb...,bg->b...", m.float(), weights)
+        if predicted is not None:
+            predicted(noise)
+        if late is not None and table.multistep is not None:
+            history[0] = table.multistep.history(i, state, noise, history[0], late)
         state, kept = fused_step(
             state,
             m,

@@ -3,7 +3,7 @@ r"""A sampler as a table: one row of ``fastdiff.ops.fused_step.COLUMNS`` per mod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,46 @@ from fastdiff.ops.fused_step import COLUMNS
 from fastdiff.samplers.schedule import Schedule
 
 PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
+
+
+class Multistep(NamedTuple):
+    """What a step needs where parts of the state were last predicted several calls ago.
+
+    Attributes:
+        x0: ``[n, 2]`` float32: ``x0 = x0[i, 0] x + x0[i, 1] m``, then clipped.
+        clip: of x0, None for none.
+        share: ``[n, n + 1]`` float32: by which the slope of x0 shrinks at call i where the last
+            prediction is g calls old: 1 at g = 1.
+    """
+
+    x0: Tensor
+    clip: float | None
+    share: Tensor
+
+    @classmethod
+    def of(cls, lam: Tensor, a_x: Tensor, a_m: Tensor, clip: float | None) -> Multistep:
+        """From ``[n]`` float64: log-SNR ``lam`` of each call, and ``x0 = a_x x + a_m m``."""
+        n = len(lam)
+        share = torch.ones(n, n + 1, dtype=torch.float64)
+        for i in range(n):
+            for gap in range(2, i + 1):
+                share[i, gap] = (lam[i] - lam[i - 1]) / (lam[i] - lam[i - gap])  # 0 after infinity
+        return cls(torch.stack([a_x, a_m], 1).float(), clip, share.float())
+
+    def history(self, i: int, x: Tensor, m: Tensor, before: Tensor, gaps: Tensor) -> Tensor:
+        """The x0 of the call before as it would be if every element had been predicted then.
+
+        Args:
+            i: the call.
+            x, m: state and prediction ``[B, C, ...]`` of this call.
+            before: x0 of the call before ``[B, C, ...]``, or what the last prediction implies.
+            gaps: int64, broadcasts to those: calls since the last prediction, at least 1.
+        """
+        x0 = self.x0[i, 0] * x.float() + self.x0[i, 1] * m.float()
+        if self.clip is not None:
+            x0 = x0.clamp(-self.clip, self.clip)
+        share = self.share.to(x.device)[i][gaps.clamp(max=self.share.shape[1] - 1)]
+        return torch.lerp(x0, before.float(), share).to(before.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +64,7 @@ class Table:
     keep: tuple[bool, ...]  # calls whose history entry a later one reads
     draws: tuple[bool, ...]  # calls whose row draws noise
     first: Tensor | None = None  # [R] float32: a step of the first state before the first call
+    multistep: Multistep | None = None  # of samplers that continue their last predictions in time
 
 
 class Sampler(Protocol):
@@ -88,6 +129,7 @@ def build(
     *,
     clip: float | None,
     first: dict[str, float] | None = None,
+    multistep: Multistep | None = None,
 ) -> Table:
     """The table of float64 ``[n]`` columns (absent ones are 0), and of a ``first`` row's.
 
@@ -121,4 +163,4 @@ def build(
     if first is not None:
         row = {"clip": float("inf")} | first
         start = torch.tensor([row.get(name, 0.0) for name in COLUMNS])
-    return Table(rows.float(), t.float(), reads, tuple(keep), draws, start)
+    return Table(rows.float(), t.float(), reads, tuple(keep), draws, start, multistep)

@@ -56,7 +56,32 @@ MUTANTS = [
     ),
     (
         "samples share an index",
-        "const int64_t* index = a.index + b * a.index_stride;",
-        "const int64_t* index = a.index;",
+        "const int64_t* index = a.index + b * a.index_stride;\n  for (int i",
+        "const int64_t* index = a.index;\n  for (int i",
+    ),
+    (
+        "any of several updates",
+        "later |= index[i] == n;",
+        "later |= index[i] == -7;",
+    ),
+    (
+        "only the first rows after one are looked through",
+        "i < a.A; i += 32) later",
+        "i < k + 33 && i < a.A; i += 32) later",
+    ),
+    (
+        "an update past the cache",
+        "|| n < 0 || n >= a.N) return;",
+        "|| n < 0 || n > a.N) return;",
+    ),
+    (
+        "heads share a row of y",
+        "copy_row<Bits>(y + h * a.y.h_stride,",
+        "copy_row<Bits>(y,",
+    ),
+    (
+        "rows of odd sizes are moved 16 bytes at a time",
+        "a.D % int64_t(16 / sizeof(T)) == 0 && aligned<T>(a.cache)",
+        "aligned<T>(a.cache)",
     ),
 ]

@@ -46,6 +46,7 @@ try:
         ops.attention(q, q, q, impl="native")
         ops.group_norm_silu(torch.zeros(1, 8, 4, 4), 2, impl="native")
         ops.gather_tokens(x, torch.zeros(2, 3, dtype=torch.int64), impl="native")
+        ops.select_tokens(x[0], 3, impl="native")
         ops.philox_normal((2, 64), 0, impl="native")
     print(json.dumps({"x": x.data_ptr()}))
 except RuntimeError as error:

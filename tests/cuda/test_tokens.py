@@ -1,10 +1,10 @@
-"""The CUDA kernels of gather_tokens and scatter_tokens, in the model, against float64."""
+"""The CUDA kernels of tokens by index, in the model, against the reference and float64."""
 
 import pytest
 import torch
 
 from fastdiff import testing_simt
-from fastdiff.ops import gather_tokens, scatter_tokens
+from fastdiff.ops import gather_tokens, scatter_tokens, update_tokens_
 from fastdiff.testing import GUARD, assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,4 +93,69 @@ def test_index_out_of_range_touches_no_memory(dim, gate):
     want = scatter_tokens(x, index[:, kept], y[:, kept], gate_kept, impl="ref")
     torch.testing.assert_close(got, want)
     assert torch.equal(inside, x)
+    assert buffer[:zone].isnan().all() and buffer[-zone:].isnan().all()
+
+
+def cache_of(shape, heads, dtype):
+    """A cache, an index and rows for it; heads inside tokens, or outside of them."""
+    B, N, A, D = shape
+    if heads == "none":
+        return (
+            torch.randn(B, N, D).to(dtype),
+            torch.randint(N, (B, A)),
+            torch.randn(B, A, D).to(dtype),
+        )
+    cache, y = torch.randn(B, N, 3, D).to(dtype), torch.randn(B, A, 3, D).to(dtype)
+    cache, y = cache.transpose(1, 2), y.transpose(1, 2)
+    return cache.contiguous() if heads == "outside" else cache, torch.randint(N, (B, A)), y
+
+
+def check_update(cache, index, y, mode=(0, False, False)):
+    want = update_tokens_(cache.clone(), index, y, impl="ref")
+    with testing_simt.emulated(*mode):
+        update_tokens_(cache, index, y, impl="native")
+    assert torch.equal(cache, want)
+    return cache
+
+
+@pytest.mark.parametrize("heads", ("none", "inside", "outside"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update_has_the_bits_of_y(shape, dtype, heads):
+    check_update(*cache_of(shape, heads, dtype))
+
+
+@pytest.mark.parametrize("dim", (64, 37))
+def test_update_has_the_same_bits_in_every_order(dim):
+    """With rows that are named several times: the last counts in every order of threads."""
+    cache, index, y = cache_of((2, 12, 290, dim), "inside", torch.bfloat16)
+    outputs = [check_update(cache.clone(), index, y, mode) for mode in testing_simt.MODES]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_update_of_views_and_misaligned_rows():
+    _, index, y = cache_of((2, 9, 4, 64), "inside", torch.bfloat16)
+    joint = torch.randn(2, 9, 3, 3, 64).to(y.dtype)
+    before = joint.clone()
+    check_update(joint[:, :, 2].transpose(1, 2), index, y)
+    assert torch.equal(joint[:, :, :2], before[:, :, :2])
+    wide = torch.randn(2, 9, 3, 80).to(y.dtype)
+    before = wide.clone()
+    check_update(wide[..., 3:67].transpose(1, 2), index, y)
+    assert torch.equal(wide[..., :3], before[..., :3])
+    assert torch.equal(wide[..., 67:], before[..., 67:])
+
+
+@pytest.mark.parametrize("dim", (64, 37))
+def test_update_skips_an_index_out_of_range(dim):
+    """What lies about the cache is not written."""
+    cache, index, y = cache_of((1, 9, 6, dim), "none", torch.float32)
+    zone = GUARD // 4
+    buffer = torch.full((cache.numel() + 2 * zone,), torch.nan)
+    inside = buffer[zone:-zone].view(cache.shape).copy_(cache)
+    index[:, 1:5] = torch.tensor([-1, 9, 2**62, -(2**63)])
+    want = update_tokens_(cache, index[:, [0, 5]], y[:, [0, 5]], impl="ref")
+    with testing_simt.emulated():
+        update_tokens_(inside, index, y, impl="native")
+    assert torch.equal(inside, want)
     assert buffer[:zone].isnan().all() and buffer[-zone:].isnan().all()

@@ -4,8 +4,8 @@ import torch
 import fastdiff
 from fastdiff import testing
 from fastdiff.kernels import AVAILABLE
-from fastdiff.ops import gather_tokens, scatter_tokens
-from fastdiff.ops.tokens import GATHER_IMPLS, SCATTER_IMPLS
+from fastdiff.ops import gather_tokens, scatter_tokens, update_tokens_
+from fastdiff.ops.tokens import GATHER_IMPLS, SCATTER_IMPLS, UPDATE_IMPLS
 
 GATES = ("none", "per sample", "per token")
 # (B, N, A, D)
@@ -216,3 +216,131 @@ def test_the_native_entry_checks_for_itself():
         ops.scatter_tokens(x, index, x, None)
     with pytest.raises(RuntimeError, match="gate has shape"):
         ops.scatter_tokens(x, index, x[:, :2], torch.ones(4))
+
+
+def cache_of(shape, heads, dtype):
+    """A cache, rows for it and an index; heads inside tokens, as attention leaves them."""
+    B, N, A, D = shape
+    if not heads:
+        return (
+            torch.randn(B, N, D).to(dtype),
+            torch.randint(max(N, 1), (B, A)),
+            torch.randn(B, A, D).to(dtype),
+        )
+    cache, y = torch.randn(B, N, heads, D).to(dtype), torch.randn(B, A, heads, D).to(dtype)
+    index = torch.randint(max(N, 1), (B, A))
+    return cache.transpose(1, 2), index, y.transpose(1, 2)
+
+
+def updated(cache, index, y):
+    """What the docstring says, row by row."""
+    out = cache.clone()
+    for b, row in enumerate(index.tolist()):
+        for a, n in enumerate(row):
+            out[b, ..., n, :] = y[b, ..., a, :]
+    return out
+
+
+@pytest.mark.parametrize("heads", [0, 1, 3])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("row", testing.rows_of(UPDATE_IMPLS))
+def test_update_writes_its_rows_alone(row, dtype, heads):
+    for shape in FEW if row == "triton" else SHAPES:
+        cache, index, y = cache_of(shape, heads, dtype)
+        want = updated(cache, index, y)
+        with testing.unchanged(index, y):
+            assert update_tokens_(cache, index, y, impl=row) is cache
+        assert torch.equal(cache, want), f"{row} {shape}"
+
+
+@pytest.mark.parametrize("row", testing.rows_of(UPDATE_IMPLS))
+def test_update_of_views_leaves_the_memory_between(row):
+    """Values in a joint projection of queries, keys and values; heads outside tokens; strided y."""
+    index = torch.tensor([[4, 0, 4], [1, 2, 3]])
+    joint = torch.randn(2, 5, 3, 4, 8)
+    before, y = joint.clone(), torch.randn(2, 4, 3, 8)
+    v = joint[:, :, 2].transpose(1, 2)  # [2, 4, 5, 8]
+    want = updated(v, index, y)
+    update_tokens_(v, index, y, impl=row)
+    assert torch.equal(v, want) and torch.equal(joint[:, :, :2], before[:, :, :2])
+    outside = torch.randn(2, 4, 5, 8)
+    want = updated(outside, index, y)
+    update_tokens_(outside, index, y.transpose(1, 2).contiguous().transpose(1, 2), impl=row)
+    assert torch.equal(outside, want)
+    wide = torch.randn(2, 5, 20)
+    kept, rows = wide.clone(), torch.randn(2, 3, 16)[..., ::2]
+    want = updated(wide[..., 3:11], index, rows)
+    update_tokens_(wide[..., 3:11], index, rows, impl=row)
+    assert torch.equal(wide[..., 3:11], want)
+    assert torch.equal(wide[..., :3], kept[..., :3]) and torch.equal(wide[..., 11:], kept[..., 11:])
+
+
+@pytest.mark.parametrize("row", testing.rows_of(UPDATE_IMPLS))
+def test_ragged_batches_are_one_sample(row):
+    """Two, none and three tokens of three samples, in one call without padding."""
+    x, y = torch.randn(3, 6, 8), torch.randn(1, 5, 8)
+    index = torch.tensor([[0 * 6 + 1, 0 * 6 + 4, 2 * 6 + 0, 2 * 6 + 5, 2 * 6 + 2]])
+    flat = x.view(1, 18, 8)
+    gathered = gather_tokens(flat, index)
+    assert torch.equal(gathered[0, :2], x[0, [1, 4]]) and torch.equal(
+        gathered[0, 2:], x[2, [0, 5, 2]]
+    )
+    want = x.clone()
+    want[0, [1, 4]], want[2, [0, 5, 2]] = y[0, :2], y[0, 2:]
+    update_tokens_(flat, index, y, impl=row)
+    assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_update_at_every_level(level, dtype):
+    for heads in (0, 5):
+        cache, index, y = cache_of((2, 65, 30, 77), heads, dtype)
+        want = updated(cache, index, y)
+        with testing.cpu_level(level):
+            update_tokens_(cache, index, y, impl="native")
+        assert torch.equal(cache, want)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_update_by_every_triton_configuration():
+    from fastdiff.kernels import tokens
+
+    cache, index, y = cache_of((2, 19, 40, 300), 2, torch.float32)
+    want = updated(cache, index, y)
+    for config in tokens.CONFIGS:
+        got = cache.clone()
+        tokens.update_tokens_(got, index, y, config=config)
+        assert torch.equal(got, want), config
+    index[:, 1:4] = torch.tensor([19, -1, 2**62])  # no such rows: skipped
+    kept = [0, *range(4, 40)]
+    want = updated(cache, index[:, kept], y[:, :, kept])
+    tokens.update_tokens_(cache, index, y)
+    assert torch.equal(cache, want)
+
+
+def test_update_refuses_before_it_writes():
+    cache, index, y = cache_of((2, 5, 3, 4), 2, torch.float32)
+    before = cache.clone()
+    for bad in (5, -1):
+        spoilt = index.clone()
+        spoilt[1, 2] = bad
+        for row in ("native", "ref"):
+            with pytest.raises(ValueError, match=f"index has value {bad}, need 0 to 4"):
+                update_tokens_(cache, spoilt, y, impl=row)
+    assert torch.equal(cache, before)
+    with pytest.raises(ValueError, match="cache has strides .* need a last dimension that is"):
+        update_tokens_(cache.transpose(2, 3), index, y)
+    with pytest.raises(ValueError, match=r"y has shape \[2, 2, 4, 3\], need \[2, 2, 3, 4\]"):
+        update_tokens_(cache, index, y.transpose(2, 3))
+    with pytest.raises(ValueError, match=r"cache has shape \[5\], need 3 or 4 dimensions"):
+        update_tokens_(torch.ones(5), index, y)
+
+
+def test_update_opcheck_and_compile():
+    cache, index, y = cache_of((2, 5, 3, 4), 2, torch.float32)
+    torch.library.opcheck(torch.ops.fastdiff.update_tokens_.default, (cache, index, y))
+    compiled = torch.compile(update_tokens_, fullgraph=True)
+    want = updated(cache, index, y)
+    compiled(cache, index, y)
+    assert torch.equal(cache, want)

@@ -1,0 +1,541 @@
+"""Some tokens of a picture at work: blocks run on the rows of tokens in focus.
+
+At a sparse step the streams of the blocks hold the chosen tokens alone, ``[B, A, C]``. Their
+queries attend to the keys and values of all tokens: those of the others are kept from the step at
+which they were last computed, and those of the chosen are refreshed in place. The network's last
+layer puts the chosen tokens' outputs among the kept ones. What is chosen comes from the noise that
+the step before used, for every sample on its own and for all branches of its guidance alike; the
+host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import ops
+from fastdiff.engine.off import why_off
+from fastdiff.engine.patch import Patch, forward_of
+from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.view import BlockView
+from fastdiff.tokens.region import RegionAdaptive, forced_tokens, score
+
+PART = "tokens"
+
+
+class Region(NamedTuple):
+    """Pixels whose tokens are always computed: bool ``[S|1, H, W]`` or ``[S|1, F, H, W]``."""
+
+    mask: Tensor
+    halo: int
+
+
+_region: ContextVar[Region | None] = ContextVar("fastdiff_region", default=None)
+
+
+@contextmanager
+def region(mask: Tensor, halo: int = 1) -> Iterator[None]:
+    """Inside the block, sparse steps always compute the tokens that touch ``mask``.
+
+    Args:
+        mask: bool or numbers (above 0.5 is inside), ``[H, W]``, ``[S, H, W]`` or ``[S, 1, H, W]``
+            of any resolution with the picture's aspect; ``[S, F, H, W]`` of a video. S is the
+            samples of the run, or 1.
+        halo: tokens around those, in every direction, that are computed too.
+
+    Raises:
+        ValueError: ``mask`` has another shape, or ``halo`` is no integer of at least 0.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4) or 0 in mask.shape:
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"region: mask is {found}, need a tensor [H, W], [S, H, W] or [S, F, H, W]"
+        )
+    if isinstance(halo, bool) or not isinstance(halo, int) or halo < 0:
+        raise ValueError(f"region: halo is {halo!r}, need an integer of at least 0")
+    mask = mask if mask.dtype == torch.bool else mask > 0.5
+    mask = mask[None] if mask.dim() == 2 else mask
+    mask = mask[:, 0] if mask.dim() == 4 and mask.shape[1] == 1 else mask
+    token = _region.set(Region(mask, halo))
+    try:
+        yield
+    finally:
+        _region.reset(token)
+
+
+def open_region() -> Region | None:
+    """The region that calls in this context belong to."""
+    return _region.get()
+
+
+class TokenView(NamedTuple):
+    """How the engine sees the tokens of a network.
+
+    Attributes:
+        blocks: with the picture's tokens as their first stream ``[B, N, C]``.
+        last: the layer that gives every token's output, ``[B, N, V]``.
+        pixels: ``pixels(outputs [B, N, V]) -> [B, N, P, C]``: pixels and channels of a token.
+        tokens: ``tokens(noise [B, C, ...]) -> [B, N, P, C]``: the same of a picture.
+        grid: ``grid(N, args, kwargs)``: tokens along each dimension; None: those of the mask.
+        why_not: ``why_not()``: why its attention cannot run on some tokens, "" where it can.
+    """
+
+    blocks: BlockView
+    last: nn.Module
+    pixels: Callable[[Tensor], Tensor]
+    tokens: Callable[[Tensor], Tensor]
+    grid: Callable[[int, Any, Any], Sequence[int] | None]
+    why_not: Callable[[], str]
+
+
+class _Kept:
+    """What a slot keeps: keys and values of every attention, and the output of every token."""
+
+    def __init__(self, fits: Hashable, batch: int) -> None:
+        self.fits, self.batch = fits, batch
+        self.keys: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self.output: Tensor | None = None
+
+
+class _Choice:
+    """The tokens of a run's samples: those of the step, and how long the others were left out.
+
+    Attributes:
+        step: the last one that was counted.
+        owed: a dense step at which a block cache left out all blocks is still to come.
+        index: ``[S, A]``, the choice of the last sparse step, None where it was all tokens.
+        fresh: bool ``[S, N]``, tokens that ran when their sample's blocks last ran; None: all.
+        drops: int32 ``[S, N]``, how often in a row each was left out.
+        since: int64 ``[S, N]``, steps since the prediction of each was made; None: 0 for all.
+        gaps: the same before the last step, plus 1; None: 1 for all.
+        grid: tokens along each dimension of the picture.
+        forced: a region, its tokens ``[S|1, N]``, the most that a sample has of them.
+    """
+
+    def __init__(self) -> None:
+        self.step = self.chosen_at = -1
+        self.owed = False
+        self.index: Tensor | None = None
+        self.fresh: Tensor | None = None
+        self.drops: Tensor | None = None
+        self.since: Tensor | None = None
+        self.gaps: Tensor | None = None
+        self.grid: Sequence[int] | None = None
+        self.forced: tuple[Region, Tensor, int] | None = None
+
+    @classmethod
+    def of(cls, request: Request, network: nn.Module) -> _Choice:
+        """That of the run."""
+        found: _Choice = request.state.setdefault((id(network), PART), cls())
+        return found
+
+    def run(self, ran: Tensor | None, rows: Tensor | None, batch: int) -> None:
+        """Blocks run the tokens ``ran [S, N]`` (None: all) of the rows ``rows`` of a batch."""
+        if rows is None:
+            self.fresh = ran
+        elif self.drops is not None:
+            here = self._of_samples(rows)
+            ran = torch.ones_like(self.drops, dtype=torch.bool) if ran is None else ran
+            fresh = torch.ones_like(ran) if self.fresh is None else self.fresh
+            self.fresh = torch.where(here, ran, fresh)
+
+    def _of_samples(self, rows: Tensor) -> Tensor:
+        """bool ``[S, 1]``: samples of which a branch is among the rows of a batch."""
+        assert self.drops is not None
+        samples = self.drops.shape[0]
+        return self.drops.new_zeros(samples, dtype=torch.bool).index_fill(0, rows % samples, True)[
+            :, None
+        ]
+
+    def dropped(self, drops: Tensor, rows: Tensor | None) -> None:
+        """New counts, for the samples whose blocks run."""
+        if rows is None or self.drops is None:
+            self.drops = drops
+        else:
+            self.drops = torch.where(self._of_samples(rows), drops, self.drops)
+
+    def tick(self, step: int) -> None:
+        """At the end of the first call of a step."""
+        if self.step == step:
+            return
+        self.step = step
+        self.gaps = None if self.since is None else self.since + 1
+        if self.fresh is None:
+            self.since = None
+            return
+        gaps = self.gaps
+        if gaps is None or gaps.shape != self.fresh.shape:
+            gaps = self.gaps = torch.ones_like(self.fresh, dtype=torch.int64)
+        self.since = gaps.masked_fill(self.fresh, 0)
+
+
+def gaps_of(request: Request, network: nn.Module, x: Tensor) -> Tensor | None:
+    """How many steps ago the prediction of each element of the state ``x`` was made before that of
+    the step in work: int64 that broadcasts to ``x``; None: 1 for all, or not known."""
+    choice: _Choice | None = request.state.get((id(network), PART))
+    if choice is None or choice.gaps is None or choice.gaps.shape[0] != x.shape[0]:
+        return None
+    if x.dim() == 3:
+        return choice.gaps[:, :, None]
+    if choice.grid is None:
+        return None
+    gaps = choice.gaps.unflatten(1, tuple(choice.grid))[:, None]
+    for i, size in enumerate(x.shape[2:]):
+        gaps = gaps.repeat_interleave(size // gaps.shape[2 + i], 2 + i)
+    return gaps
+
+
+class TokenCall:
+    """One call of a network within a run.
+
+    Args:
+        choose: ``choose(rows)`` gives ``[B, A]``, the tokens that the call computes, or None for
+            all; asked where its blocks begin. None: the call is dense.
+        keeps: keys and values of a dense call are kept.
+
+    Attributes:
+        index: what was chosen.
+        rows: samples of the batch that a block cache lets through, None for all.
+        awake: blocks have begun; a block cache may leave out all of them.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        kept: _Kept,
+        choice: _Choice,
+        choose: Callable[[Tensor | None], Tensor | None] | None,
+        keeps: bool,
+    ) -> None:
+        self._request, self._kept, self._choice = request, kept, choice
+        self._choose, self._keeps = choose, keeps
+        self._among: dict[tuple[int, int], Tensor] = {}
+        self.index: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.awake = False
+        self.total = 0 if kept.output is None else kept.output.shape[1]
+
+    def begin(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """The chosen tokens of the streams ``[B, N, C]`` at the first block that is left to the
+        tokens; of the samples that a block cache lets through."""
+        self.awake = True
+        if self._choose is None:
+            self._choice.run(None, self.rows, self._kept.batch)
+        else:
+            self.index = self._choose(self.rows)
+        if self.index is None:
+            return (x, *more)
+        index = self.index if self.rows is None else self.index[self.rows]
+        return tuple(ops.gather_tokens(t, index) for t in (x, *more))
+
+    def among(self, length: int, before: int, after: int) -> Tensor | None:
+        """``[B, length]``: the places of a stream's rows, which has other tokens before and after
+        the picture's, among those of the whole stream; None: it has all of them."""
+        if self.index is None or length == before + self.total + after:
+            return None
+        key = before, after
+        if key not in self._among:
+            index, b = self.index, self.index.shape[0]
+            first = torch.arange(before, device=index.device).expand(b, -1)
+            start = before + self.total
+            last = torch.arange(start, start + after, device=index.device).expand(b, -1)
+            parts = [p for p in (first, index + before, last) if p.shape[1]]
+            self._among[key] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return self._among[key]
+
+    def keys_values(
+        self, owner: Hashable, k: Tensor, v: Tensor, before: int, after: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, from those ``[B, H, T, D]`` of this call's rows."""
+        places, rows = self.among(k.shape[2], before, after), self.rows
+        if places is None:
+            if self._keeps:
+                self._keep(owner, k, v)
+            return k, v
+        kept = self._kept.keys[owner]
+        if rows is None:
+            for old, new in zip(kept, (k, v), strict=True):
+                ops.update_tokens_(old, places, new)
+            return kept
+        for old, new in zip(kept, (k, v), strict=True):
+            some = old[rows]
+            old.index_copy_(0, rows, ops.update_tokens_(some, places[rows], new))
+        return kept[0][rows], kept[1][rows]
+
+    def _keep(self, owner: Hashable, k: Tensor, v: Tensor) -> None:
+        kept = self._kept.keys.get(owner)
+        if kept is None:
+            shape = self._kept.batch, k.shape[2], k.shape[1], k.shape[3]
+            kept = k.new_zeros(shape).transpose(1, 2), v.new_zeros(shape).transpose(1, 2)
+            self._kept.keys[owner] = kept
+            held = sum(t.numel() * t.element_size() for p in self._kept.keys.values() for t in p)
+            self._request.claim((self._request.slot, PART), held)
+        for old, new in zip(kept, (k, v), strict=True):
+            if self.rows is None:
+                old.copy_(new)
+            else:
+                old.index_copy_(0, self.rows, new)
+
+    def output(self, out: Tensor) -> Tensor:
+        """Outputs of all tokens ``[B, N, V]``, from those of this call's rows."""
+        kept, fresh = self._kept.output, self._choice.fresh
+        if kept is None or (self.index is None and kept.shape != out.shape):
+            size = out.numel() * out.element_size()
+            self._request.claim((self._request.slot, PART, "output"), size)
+            self._kept.output = out.clone()
+            return out
+        if out.shape[1] != self.total:
+            assert self.index is not None
+            return ops.update_tokens_(kept, self.index, out).clone()
+        if fresh is None:
+            kept.copy_(out)
+            return out
+        # A block cache has continued all tokens from what they had: those that ran lately count.
+        fresh = fresh.repeat(out.shape[0] // fresh.shape[0], 1)
+        kept.copy_(torch.where(fresh[:, :, None], out, kept))
+        return kept.clone()
+
+
+_call: ContextVar[TokenCall | None] = ContextVar("fastdiff_tokens", default=None)
+
+
+def current_tokens() -> TokenCall | None:
+    """The call of a network that is in work here, None where nothing is kept of its tokens."""
+    return _call.get()
+
+
+def keys_values(
+    owner: Hashable, k: Tensor, v: Tensor, before: int = 0, after: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H, T, D]`` that an attention's queries look at.
+
+    Args:
+        owner: names the attention.
+        k, v: of the rows of this call, with norms and rotary positions applied.
+        before, after: tokens of another stream (text) on either side of the picture's.
+    """
+    call = _call.get()
+    if call is None:
+        return k, v
+    return call.keys_values(owner, k, v, before, after)
+
+
+def positions(length: int, before: int = 0, after: int = 0) -> Tensor | None:
+    """``[B, length]``: the place of every row of a stream in the whole of it; None: 0, 1, ..."""
+    call = _call.get()
+    if call is None:
+        return None
+    places = call.among(length, before, after)
+    return places if places is None or call.rows is None else places[call.rows]
+
+
+def _noise(request: Request, kept: _Kept, view: TokenView, batch: int) -> Tensor:
+    """``[S, N, P, C]``: the noise that the last step used; S is B where samples are not known."""
+    seen = request.prediction
+    if seen is not None:
+        if request.samples is not None:
+            seen = seen[: request.samples]  # some pipelines hand on both halves, which are equal
+        if seen.dim() == 3:
+            return view.pixels(seen)  # as tokens
+        return view.tokens(seen)
+    assert kept.output is not None
+    found = view.pixels(kept.output)
+    samples = request.samples
+    if samples is None or batch % samples:
+        return found
+    return found.unflatten(0, (batch // samples, samples)).float().mean(0)
+
+
+def _forced(
+    request: Request, choice: _Choice, view: TokenView, noise: Tensor, args: Any, kwargs: Any
+) -> tuple[Tensor | None, int]:
+    """Tokens of the run's region ``[S|1, N]``, and the most that a sample has."""
+    found = _region.get()
+    if found is None:
+        return None, 0
+    if choice.forced is not None and choice.forced[0] is found:
+        return choice.forced[1], choice.forced[2]
+    samples, tokens = noise.shape[:2]
+    mask = found.mask.to(noise.device)
+    if mask.shape[0] not in (1, samples):
+        raise ValueError(f"region: mask is of {mask.shape[0]} samples, need {samples} or 1")
+    grid = view.grid(tokens, args, kwargs) or _aspect(tokens, mask.shape[1:])
+    if len(grid) != mask.dim() - 1:
+        mask = mask[:, None].expand(-1, grid[0], -1, -1) if len(grid) == 3 else mask.any(1)
+    forced = forced_tokens(mask, grid, found.halo)
+    request.syncs += 1
+    choice.forced = found, forced, int(forced.sum(1).max())
+    return choice.forced[1:]
+
+
+def _aspect(tokens: int, shape: Sequence[int]) -> tuple[int, int]:
+    """The grid of so many tokens with the aspect of a mask ``(H, W)``."""
+    height, width = shape[-2:]
+    rows = round((tokens * height / width) ** 0.5)
+    if not rows or tokens % rows or rows * width != tokens // rows * height:
+        raise ValueError(
+            f"region: mask is {height} x {width}, of which {tokens} tokens are no grid; need the "
+            "aspect of the picture"
+        )
+    return rows, tokens // rows
+
+
+def _choose(
+    request: Request,
+    choice: _Choice,
+    policy: RegionAdaptive,
+    view: TokenView,
+    kept: _Kept,
+    args: Any,
+    kwargs: Any,
+    rows: Tensor | None,
+) -> Tensor | None:
+    """``[B, A]`` for this step, None: all. The first call of a step chooses for all of them."""
+    slot: Any = request.slot
+    choice_key = slot[0], PART
+    if choice.chosen_at != request.step:
+        noise = _noise(request, kept, view, kept.batch)
+        tokens = noise.shape[1]
+        choice.grid = view.grid(tokens, args, kwargs)
+        forced, least = _forced(request, choice, view, noise, args, kwargs)
+        low, high = policy.left_out(request.step, request.steps, tokens)
+        count = max(tokens - low - high, least)
+        if choice.drops is not None and choice.drops.shape != noise.shape[:2]:
+            choice.drops = choice.fresh = choice.since = None
+        # index and two counts of 8 bytes, drops of 4, fresh of 1; the forced tokens of a region
+        request.claim(choice_key, noise.shape[0] * tokens * 30)
+        choice.chosen_at, choice.index, ran = request.step, None, None
+        if count < tokens:
+            choice.index, drops = ops.select_tokens(
+                score(noise, policy.metric), count, choice.drops, starvation=policy.starvation,
+                high=high / max(1, low + high), most=policy.most, forced=forced,
+                compatible=policy.compatible,
+            )  # fmt: skip
+            choice.dropped(drops, rows)
+            ran = torch.zeros_like(drops, dtype=torch.bool).scatter_(1, choice.index, True)
+        choice.run(ran, rows, kept.batch)
+    index = choice.index
+    if index is None or index.shape[0] == kept.batch:
+        return index
+    if kept.batch % index.shape[0]:
+        raise ValueError(
+            f"accelerate: a call has {kept.batch} rows of {index.shape[0]} samples; need as many "
+            "rows for every sample, the rows of a branch together"
+        )
+    return index.repeat(kept.batch // index.shape[0], 1)
+
+
+def _batch(args: Any, kwargs: Any) -> tuple[int, Hashable]:
+    """Rows of a call of the network, and what two calls must have in common."""
+    x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return x.shape[0], (x.shape, x.dtype, x.device)
+
+
+def drive(
+    network: nn.Module, policy: RegionAdaptive, view: TokenView, patch: Patch, always: bool
+) -> None:
+    """Around every call of the network: sparse steps within a run, and nowhere else.
+
+    Args:
+        always: keys and values are kept at every dense step, as another cache may leave out the
+            last one before a sparse step.
+    """
+    plain = forward_of(network)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        request = current()
+        if request is None or request.slot is None:
+            return plain(*args, **kwargs)
+        batch, fits = _batch(args, kwargs)
+        key, step = (request.slot, PART), request.step
+
+        def note(computed: bool, how: str) -> None:
+            request.trace.append(Event(step, request.slot, PART, (computed,) * batch, how))
+
+        off = why_off(network) or view.blocks.off(args, kwargs) or view.why_not()
+        if not off and view.blocks.whole(args, kwargs):
+            off = "residuals of all tokens are added between blocks (ControlNet)"
+        if off:
+            request.state.pop(key, None)
+            note(True, f"off: {off}")
+            return plain(*args, **kwargs)
+        kept: _Kept | None = request.state.get(key)
+        if kept is None or kept.fits != fits:
+            kept = request.state[key] = _Kept(fits, batch)
+        choice = _Choice.of(request, network)
+        dense = policy.full(step, request.steps) or choice.owed
+        sparse = not dense and kept.output is not None and bool(kept.keys)
+        choose = partial(_choose, request, choice, policy, view, kept, args, kwargs)
+        keeps = not sparse and (always or not policy.full(step + 1, request.steps))
+        call = TokenCall(request, kept, choice, choose if sparse else None, keeps)
+        token = _call.set(call)
+        try:
+            out = plain(*args, **kwargs)
+        except BaseException:
+            request.state.pop(key, None)  # some layers are at this step, others at the last
+            raise
+        finally:
+            _call.reset(token)
+        choice.tick(step)
+        choice.owed = dense and not call.awake
+        if call.index is not None:
+            note(False, f"{call.index.shape[1]} of {call.total} tokens")
+        elif call.awake:
+            if choice.drops is not None and not policy.compatible:
+                choice.drops.zero_()
+            note(True, "full")
+        return out
+
+    patch.set(network, "forward", forward)
+
+
+def _with_hidden(args: Any, kwargs: Any, x: Tensor) -> tuple[Any, Any]:
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": x}
+    return (x, *args[1:]), kwargs
+
+
+def tokens(
+    network: nn.Module,
+    view: TokenView,
+    policy: RegionAdaptive,
+    patch: Patch,
+    first: int,
+    always: bool,
+) -> list[str]:
+    """Run ``policy`` on a network of blocks; a sentence that says so.
+
+    Args:
+        first: the block at which a sparse step takes its tokens out; those before see all.
+        always: as for :func:`drive`.
+    """  # fmt: skip
+    if policy.neutral:
+        return [f"{policy}: every step computes all tokens"]
+    block = view.blocks.blocks[first]
+    plain, last = forward_of(block.module), forward_of(view.last)
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        call = _call.get()
+        if call is not None:
+            x = block.read(args, kwargs)[0]
+            (some,) = call.begin(x)
+            if some is not x:
+                args, kwargs = _with_hidden(args, kwargs, some)
+        return plain(*args, **kwargs)
+
+    def outputs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = _call.get()
+        out: Tensor = last(x, *args, **kwargs)
+        return out if call is None else call.output(out)
+
+    patch.set(block.module, "forward", entry)
+    patch.set(view.last, "forward", outputs)
+    drive(network, policy, view, patch, always)
+    count = len(view.blocks.blocks)
+    return [f"{policy}: blocks {first}-{count - 1} run on the tokens in focus"]
