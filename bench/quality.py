@@ -1,6 +1,6 @@
 """Quality of the shipped digit networks as JSON; ``--train-classifier`` makes what reads them.
 
-python bench/quality.py dit-digits unet-digits --per-class 100
+python bench/quality.py dit-digits unet-digits dit-scenes --per-class 100
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ def main() -> None:
             key: card.get(key) if getattr(args, key) is None else getattr(args, key)
             for key in ("sampler", "steps", "guidance", "clip")
         }
-        result = quality.evaluate(model, per_class=args.per_class, seed=args.seed, **options)
+        if getattr(model, "box_size", 0):
+            result = quality.evaluate_scenes(
+                model, count=2 * args.per_class, seed=args.seed, **options
+            )
+        else:
+            result = quality.evaluate(model, per_class=args.per_class, seed=args.seed, **options)
         print(
             json.dumps({"model": name, "parameters": card["parameters"], **result}, indent=1),
             flush=True,

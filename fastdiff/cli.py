@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 
 from fastdiff._memory import keep_memory
 
-MODELS = ("dit-digits", "unet-digits")  # bundled with the package
+MODELS = ("dit-digits", "unet-digits")  # bundled with the package; the default of sample
+SCENES = "dit-scenes"  # bundled as well
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,6 +78,19 @@ def parse_classes(text: str) -> list[int]:
     return classes
 
 
+def parse_layout(text: str) -> list[list[int]]:
+    """``"3@10,12 7@40,30"`` gives ``[[3, 10, 12], [7, 40, 30]]``."""
+    boxes = []
+    for part in text.split():
+        match = re.fullmatch(r"(\d+)@(\d+),(\d+)", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}, need class@top,left of each digit, such as '3@10,12 7@40,30'"
+            )
+        boxes.append([int(n) for n in match.groups()])
+    return boxes
+
+
 def _policy(text: str) -> Any:
     from fastdiff.cache.parse import parse
     from fastdiff.tune import Report
@@ -98,6 +113,13 @@ def _drawing(p: Parser) -> None:
         "--sampler", help="a name of fastdiff.samplers.SAMPLERS (default: the model card's)"
     )
     p.add_argument("--classes", type=parse_classes, help="such as 0-9 or 0,3,5-7 (default: all)")
+    p.add_argument(
+        "--layout",
+        type=parse_layout,
+        action="append",
+        help=f"of {SCENES}: class@top,left in pixels for each digit of a picture, such as "
+        "'3@10,12 7@40,30'; may be given several times (default: random)",
+    )
     p.add_argument("--size", type=_whole(1, 4096), help="pixels (default: what it was trained at)")
     p.add_argument(
         "--guidance", type=_finite(0, 1000), help="1 is none (default: the model card's)"
@@ -115,7 +137,7 @@ def _drawing(p: Parser) -> None:
 
 def _add_tune(commands: Any) -> None:
     """``fastdiff tune`` and ``fastdiff report``."""
-    name = f"{' or '.join(MODELS)}, or the path of a checkpoint"
+    name = f"{', '.join(MODELS)} or {SCENES}, or the path of a checkpoint"
     p = commands.add_parser("tune", help="find the fastest cache that keeps a quality")
     p.add_argument("--model", required=True, help=name)
     p.add_argument("--target", required=True, help="psnr=35 (dB), or relative_l2=0.05")
@@ -169,8 +191,8 @@ def parser() -> Parser:
     p.add_argument(
         "--model",
         action="append",
-        help=f"{' or '.join(MODELS)}, or the path of a checkpoint; may be given several times "
-        "(default: both)",
+        help=f"{', '.join(MODELS)} or {SCENES}, or the path of a checkpoint; may be given several "
+        f"times (default: {' and '.join(MODELS)})",
     )
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
     _drawing(p)
@@ -199,7 +221,10 @@ def parser() -> Parser:
     _add_tune(commands)
 
     p = commands.add_parser("train", help="train one of the small models on digits, on the CPU")
-    p.add_argument("name", choices=MODELS)
+    p.add_argument("name", nargs="?", choices=(*MODELS, SCENES))
+    p.add_argument(
+        "--data", choices=("digits", "scenes"), help=f"scenes: {SCENES}, in place of its name"
+    )
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and its card")
     p.add_argument("--minutes", type=_finite(0.01, 100_000), default=30.0)
     p.add_argument("--batch", type=_whole(1, 65_536), default=64)
@@ -247,11 +272,16 @@ def train(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    name = args.name or (SCENES if args.data == "scenes" else None)
+    if name is None:
+        raise UsageError(f"train: no name is given, need {', '.join(MODELS)} or {SCENES}")
+    if args.data is not None and (args.data == "scenes") != (name == SCENES):
+        raise UsageError(f"--data is {args.data}, which {name} is not trained on")
     recipe = Recipe(
         minutes=args.minutes, batch=args.batch, lr=args.lr, seed=args.seed, resume=args.resume
     )
     try:
-        run_training(args.name, args.out, recipe, command=" ".join(["fastdiff", *sys.argv[1:]]))
+        run_training(name, args.out, recipe, command=" ".join(["fastdiff", *sys.argv[1:]]))
     except ImportError as error:  # the data's package is an optional dependency
         raise UsageError(str(error)) from error
     return 0

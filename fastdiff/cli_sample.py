@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdiff
-from fastdiff import models
+from fastdiff import data, models
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cli import MODELS, UsageError
 from fastdiff.samplers import SAMPLERS
@@ -64,6 +64,30 @@ def save_grid(x: Tensor, columns: int, path: Path, facts: dict[str, Any]) -> Non
     image.save(path, pnginfo=text)
 
 
+def _scenes(model: Any, size: int, args: argparse.Namespace) -> list[list[list[int]]]:
+    """The layout of every picture: those asked for in turn, or random ones from the seed."""
+    box, classes = model.box_size, model.num_classes
+    if args.layout:
+        for kind, top, left in (box for boxes in args.layout for box in boxes):
+            if kind >= classes or max(top, left) > size - box:
+                raise UsageError(
+                    f"--layout has {kind}@{top},{left}, need a class below {classes} and a place "
+                    f"up to {size - box} for its box of {box} pixels"
+                )
+        most = max(len(boxes) for boxes in args.layout)
+        full = [boxes + [[classes, 0, 0]] * (most - len(boxes)) for boxes in args.layout]
+        return [full[i % len(full)] for i in range(args.batch or len(full))]
+    g = torch.Generator().manual_seed(args.seed % 2**63)
+    layout = data.layouts(args.batch or 16, size, size, g)
+    if args.classes:
+        _labels(classes, args)  # they are all there
+        some = torch.tensor(args.classes)
+        picked = some[torch.randint(len(some), layout.shape[:2], generator=g)]
+        layout[..., 0] = torch.where(layout[..., 0] < classes, picked, classes)
+    found: list[list[list[int]]] = layout.tolist()
+    return found
+
+
 def _labels(count: int, args: argparse.Namespace) -> list[int]:
     """The label of every picture: the classes, repeated to the batch size."""
     classes = args.classes or list(range(count))
@@ -81,12 +105,18 @@ class Job:
         self.name, self.args = name, args
         self.model: Any
         self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
-        self.labels = _labels(self.model.num_classes, args)
+        size = args.size or card.get("image_size", SIZE)
+        scenes = getattr(self.model, "box_size", 0) > 0
+        if args.layout and not scenes:
+            raise UsageError(f"--layout is given, which {name} does not take; need --classes")
+        self.labels: Any = (
+            _scenes(self.model, size, args) if scenes else _labels(self.model.num_classes, args)
+        )
+        self.columns = 8 if scenes else len(args.classes or range(self.model.num_classes))
         self.sampler = args.sampler or card.get("sampler", "ddim")
         self.guidance = card.get("guidance", 1.0) if args.guidance is None else args.guidance
         # Pictures whose noise was predicted overshoot under guidance where x0 is not clipped.
         self.clip = card.get("clip", 0.0) if args.clip is None else args.clip
-        size = args.size or card.get("image_size", SIZE)
         self.shape = (len(self.labels), self.model.in_channels, size, size)
         if args.cache is not None:  # an error now, before anything is written
             with fastdiff.accelerated(self.model, cache=args.cache, exact=False):
@@ -213,7 +243,7 @@ def sample_one(job: Job, out: Path) -> dict[str, Any]:
     }
     if args.compare:
         compare(job, report, x)
-    columns = min(len(job.labels), len(args.classes or range(job.model.num_classes)), 20)
+    columns = min(len(job.labels), job.columns, 20)
     facts = {k: v for k, v in report.items() if k not in ("rows", "compare", "seconds", "out")}
     save_grid(x, columns, out, facts)
     return report

@@ -1,4 +1,5 @@
-"""How good samples of digits are: read by a classifier, and Frechet distance in its features.
+"""How good samples of digits, and of scenes of digits, are: read by a classifier, and Frechet
+distance in its features.
 
 The classifier is a small convolutional network trained on the same 4,500 digits as the generators
 (``train_classifier``). The Frechet distance (Heusel et al. 2017, arXiv:1706.08500, eq. 6) is taken
@@ -141,6 +142,115 @@ def score(samples: Tensor, classes: Tensor, classifier: Classifier | None = None
             (classifier.out(held).argmax(1) == digits.held_y).float().mean().item(), 4
         ),
     }
+
+
+def _boxes(pictures: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits of scenes as the classifier sees digits, ``[M, 1, 32, 32]``, and where in the
+    layout each stands, ``[M, 2]``."""
+    slots = torch.nonzero(layout[..., 0] < data.EMPTY)
+    inside = torch.arange(data.BOX)
+    _, tops, lefts = layout[slots[:, 0], slots[:, 1]].unbind(1)
+    rows, columns = tops[:, None] + inside, lefts[:, None] + inside
+    found = pictures[slots[:, 0, None, None], 0, rows[:, :, None], columns[:, None]]
+    edge = (data.SIZE - data.BOX) // 2
+    return F.pad(found[:, None], (edge,) * 4, value=-1.0), slots
+
+
+@torch.no_grad()
+def read_scene(pictures: Tensor, layout: Tensor, classifier: Classifier | None = None) -> Tensor:
+    """What stands in the boxes of scenes.
+
+    Args:
+        pictures: ``[B, 1, H, W]`` in -1..1.
+        layout: ``[B, K, 3]`` int64: class, top and left of each box, class 10 where there is none.
+        classifier: None loads the shipped one.
+
+    Returns:
+        int64 ``[B, K]``: the digit that is read in each box, 10 where there is none.
+    """
+    digits, slots = _boxes(pictures, layout)
+    found = torch.full_like(layout[..., 0], data.EMPTY)
+    if len(slots):
+        logits = (classifier or load_classifier())(digits)
+        found[slots[:, 0], slots[:, 1]] = logits.argmax(1)
+    return found
+
+
+def stray_ink(pictures: Tensor, layout: Tensor) -> float:
+    """Share of the pixels outside of all boxes that are bright (above 0)."""
+    outside = torch.ones_like(pictures, dtype=torch.bool)
+    for b, boxes in enumerate(layout.tolist()):
+        for kind, top, left in boxes:
+            if kind < data.EMPTY:
+                outside[b, :, top : top + data.BOX, left : left + data.BOX] = False
+    return (pictures[outside] > 0).float().mean().item()
+
+
+@torch.no_grad()
+def score_scenes(
+    pictures: Tensor, layout: Tensor, classifier: Classifier | None = None
+) -> dict[str, Any]:
+    """Read samples of scenes: what stands where.
+
+    Args:
+        pictures: ``[B, 1, H, W]`` in -1..1.
+        layout: ``[B, K, 3]``, what each was asked for.
+        classifier: None loads the shipped one.
+
+    Returns:
+        digits asked for; agreement (share read as asked, where asked), also per class; stray ink;
+        the Frechet distance of the boxes' features to those of the held-out digits, and beside it
+        that of as many training digits.
+    """
+    classifier = classifier or load_classifier()
+    every = data.digits()
+    asked = layout[..., 0]
+    there = asked < data.EMPTY
+    right = read_scene(pictures, layout, classifier) == asked
+    edge = (data.SIZE - data.BOX) // 2
+
+    def as_boxes(x: Tensor) -> Tensor:
+        return F.pad(x[..., edge:-edge, edge:-edge], (edge,) * 4, value=-1.0)
+
+    held = classifier.features(as_boxes(every.held_x))
+    some = torch.randperm(len(every.x), generator=torch.Generator().manual_seed(0))
+    real = classifier.features(as_boxes(every.x[some[: int(there.sum())]]))
+    boxes = classifier.features(_boxes(pictures, layout)[0])
+    return {
+        "samples": len(pictures),
+        "digits": int(there.sum()),
+        "agreement": round(right[there].float().mean().item(), 4),
+        "agreement_per_class": [
+            round(right[asked == c].float().mean().item(), 3) for c in range(data.CLASSES)
+        ],
+        "stray_ink": round(stray_ink(pictures, layout), 6),
+        "frechet_to_held_out": round(frechet_distance(boxes, held), 3),
+        "frechet_training_to_held_out": round(frechet_distance(real, held), 3),
+    }
+
+
+def evaluate_scenes(
+    model: Callable[..., Tensor],
+    *,
+    count: int = 200,
+    sampler: str = "flow_euler",
+    steps: int = 28,
+    guidance: float = 2.0,
+    clip: float | None = None,
+    seed: int = 0,
+    batch: int = 20,
+) -> dict[str, Any]:
+    """Sample ``count`` scenes of random layouts and :func:`score_scenes` them."""
+    layout = data.layouts(count, generator=torch.Generator().manual_seed(seed))
+    start, parts = time.monotonic(), []
+    for i, part in enumerate(layout.split(batch)):
+        shape = (len(part), 1, data.CANVAS, data.CANVAS)
+        options: dict[str, Any] = dict(sampler=sampler, steps=steps, guidance=guidance, clip=clip)
+        parts.append(sample(model, shape, classes=part, seed=seed + i, **options))
+    seconds = time.monotonic() - start
+    settings = dict(sampler=sampler, steps=steps, guidance=guidance, clip=clip, seed=seed)
+    result = score_scenes(torch.cat(parts).clamp(-1, 1), layout)
+    return {**result, **settings, "seconds": round(seconds, 1)}
 
 
 def evaluate(

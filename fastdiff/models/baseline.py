@@ -26,9 +26,7 @@ class PlainDiT(DiT):
     and may lie outside of it.
     """
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *, window: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, window: Tensor | None = None) -> Tensor:
         check_inputs(
             "DiT",
             x,

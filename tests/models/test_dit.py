@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import fastdiff
+from fastdiff import data
 from fastdiff.models import DiT, PlainDiT, plain
 from fastdiff.testing import assert_close
 
@@ -214,3 +215,67 @@ def test_bad_config():
     ):
         with pytest.raises(ValueError, match=message):
             DiT(**{**TINY, **change})
+
+
+def scenes(**more):
+    config = dict(input_size=64, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2,
+                  num_classes=10, learn_sigma=False, prediction="flow", box_size=24)  # fmt: skip
+    torch.manual_seed(0)
+    model = DiT(**config | more)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_layouts(size):
+    """As in plain torch; every token of a box, and no other, gets its class and place."""
+    model = scenes()
+    g = torch.Generator().manual_seed(0)
+    y = data.layouts(4, *size, g)
+    x, t = torch.randn(4, 1, *size), torch.rand(4) * 1000
+    got = model(x, t, y)
+    assert torch.allclose(got, plain(model)(x, t, y), atol=2e-5 * got.abs().max())
+    rows, columns = size[0] // 2, size[1] // 2
+    tables, made = model.y_embedder, model.layout(y, rows, columns)
+    for b, boxes in enumerate(y.tolist()):
+        for r in range(rows):
+            for c in range(columns):
+                kind, place = 10, 144
+                for k, top, left in boxes:
+                    if k < 10 and top <= 2 * r < top + 24 and left <= 2 * c < left + 24:
+                        kind, place = k, (r - top // 2) * 12 + c - left // 2
+                want = tables.embedding_table.weight[kind] + tables.place_table.weight[place]
+                assert torch.equal(made[b, r * columns + c], want)
+
+
+@torch.no_grad()
+def test_layouts_of_a_run_and_bad_ones():
+    model = scenes(depth=1)
+    y = data.layouts(2, generator=torch.Generator().manual_seed(0))
+    how = dict(sampler="flow_euler", steps=3, seed=1)
+    shape = (2, 1, 64, 64)
+    plain = fastdiff.sample(model, shape, classes=y, **how)
+    guided = fastdiff.sample(model, shape, classes=y, guidance=2.0, **how)
+    assert not torch.equal(plain, guided)
+    none = torch.tensor([[[10, 0, 0]]] * 2)
+    assert torch.equal(
+        fastdiff.sample(model, shape, **how), fastdiff.sample(model, shape, classes=none, **how)
+    )
+    x, t = torch.randn(shape), torch.rand(2) * 1000
+    for bad, message in (
+        (y[:, 0], r"y is \[2, 3\] torch.int64, need an int64 tensor \[2, 3, 3\] of boxes"),
+        (y.float(), r"y is \[2, 3, 3\] torch.float32, need"),
+        (y + torch.tensor([9, 0, 0]), "y's class has value"),
+        (y + torch.tensor([0, 64, 0]), "y's top has value"),
+        (y - torch.tensor([0, 0, 64]), "y's left has value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(x, t, bad)
+    with pytest.raises(
+        ValueError, match=r"sample: classes is torch.int64 \[2\], need torch.int64 \[2, K, 3\]"
+    ):
+        fastdiff.sample(model, shape, classes=torch.tensor([1, 2]), **how)
+    with pytest.raises(ValueError, match="box_size is 9, need a multiple of patch_size 2"):
+        scenes(box_size=9)

@@ -9,13 +9,14 @@ import fastdiff
 from fastdiff import models
 from fastdiff.accelerate import acceleration_of
 from fastdiff.samplers import SAMPLERS
+from fastdiff.samplers.sample import model_times
 from fastdiff.testing import draw_weights
 from fastdiff.tokens import RegionAdaptive
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 # CI draws some; FASTDIFF_EXAMPLES=1000 draws as many.
-EXAMPLES = int(os.environ.get("FASTDIFF_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FASTDIFF_EXAMPLES", "300"))
 
 RUNS = st.fixed_dictionaries(
     {
@@ -87,6 +88,8 @@ def test_any_run(run, policy):
     assert acceleration_of(model) is None
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
-    if policy.neutral or run["steps"] <= policy.start:
+    calls = len(model_times(model, sampler=run["sampler"], steps=run["steps"]))  # 2 a Heun step
+    apart = run["cached"] == "guidance" and not policy.neutral  # branches run one by one: rounding
+    if not apart and (policy.neutral or calls <= policy.start):
         plain = go(model, run, RegionAdaptive(1.0), 1)
         assert torch.equal(plain, first)
