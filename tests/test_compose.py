@@ -11,7 +11,7 @@ import fastdiff
 from fastdiff import cache
 from fastdiff.cache.parse import POLICIES
 from fastdiff.testing import load_file
-from fastdiff.tokens import RegionAdaptive
+from fastdiff.tokens import Merge, RegionAdaptive
 
 HERE = Path(__file__).parent / "integrations"
 networks, more = load_file(HERE / "networks.py"), load_file(HERE / "more_networks.py")
@@ -25,6 +25,7 @@ NEUTRAL = {
     "firstblock": cache.FirstBlock(0),
     "guidance": cache.GuidanceReuse(1),
     "magnitude": cache.MagnitudeRatio(),
+    "merge": Merge(0.0),
     "taylor": cache.Forecast(1),
     "tokens": RegionAdaptive(1.0),
 }
@@ -36,6 +37,7 @@ WORKING = {
     "firstblock": cache.FirstBlock(9.0),
     "guidance": cache.GuidanceReuse(2),
     "magnitude": cache.MagnitudeRatio((1.0,) * 9, retention=0.2),
+    "merge": Merge(0.4),
     "taylor": cache.Forecast(3),
     "tokens": RegionAdaptive(0.4, start=2, resets=(5,)),
 }
@@ -82,7 +84,7 @@ def test_policies_compose_or_refuse_with_a_sentence(kind, names):
             else:
                 assert got.isfinite().all() and not torch.equal(got, plain)
                 assert torch.equal(run(model, args, kwargs)[0], got)
-                assert request.peak_bytes > 0
+                assert request.peak_bytes > 0 or names == ("merge",)  # which keeps nothing
             fastdiff.restore(model)
         after = dict(model.__dict__), [dict(m.__dict__) for m in model.modules()]
         assert after[0].keys() == before[0].keys()
@@ -170,6 +172,9 @@ def test_what_is_held_is_what_was_claimed_and_a_limit_is_obeyed(kind, names):
         pytest.skip(f"{names} do not run on a {kind}")
     free, request = run(model, args, kwargs)
     held = request.peak_bytes
+    if names == ("merge",) and kind == "transformer":
+        assert held == 0  # masked: the prompt is projected at every step
+        return
     claimed = sum(request._claims.values())  # the most; a sample that reuses may keep less
     assert 0 < held <= claimed
     for limit in (claimed, held - 1, held // 2, 0):

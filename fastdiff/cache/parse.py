@@ -13,6 +13,7 @@ from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.guidance import GuidanceReuse
 from fastdiff.cache.magnitude import MagnitudeRatio
+from fastdiff.tokens.merge import Merge
 from fastdiff.tokens.region import RegionAdaptive
 
 POLICIES: dict[str, Any] = {
@@ -23,6 +24,7 @@ POLICIES: dict[str, Any] = {
     "firstblock": FirstBlock,
     "guidance": GuidanceReuse,
     "magnitude": MagnitudeRatio,
+    "merge": Merge,
     "taylor": Forecast,
     "tokens": RegionAdaptive,
 }

@@ -27,9 +27,9 @@ from fastdiff.engine import reuse_encoder, reuse_guidance, reuse_unet
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.reuse_blocks import ends_of
 from fastdiff.engine.view import BlockView
-from fastdiff.integrations import module_views, token_views, unet_views, views
+from fastdiff.integrations import merge_views, module_views, token_views, unet_views, views
 from fastdiff.integrations.exact_mode import exact
-from fastdiff.tokens import RegionAdaptive
+from fastdiff.tokens import Merge, RegionAdaptive
 
 __all__ = ["exact", "reuse"]
 
@@ -44,7 +44,13 @@ _DEEP = (
 )
 _SCHEDULED = (DeepCache, EncoderPropagation, Forecast, MagnitudeRatio)
 # What policies skip, the innermost first; one network takes one of each.
-_KINDS: tuple[tuple[type, ...], ...] = ((RegionAdaptive,), (Broadcast,), _DEEP, (GuidanceReuse,))
+_KINDS: tuple[tuple[type, ...], ...] = (
+    (Merge,),
+    (RegionAdaptive,),
+    (Broadcast,),
+    _DEEP,
+    (GuidanceReuse,),
+)
 
 
 def _kind(policy: Any) -> int:
@@ -72,8 +78,10 @@ def reuse(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
     parts = []
+    if ordered and isinstance(ordered[0], Merge):
+        parts = _merge(network, ordered.pop(0), ordered, patch, view)
     if ordered and isinstance(ordered[0], RegionAdaptive):
-        parts = _tokens(network, ordered[0], ordered[1:], patch, view)
+        parts += _tokens(network, ordered[0], ordered[1:], patch, view)
     inner = [p for p in ordered if not isinstance(p, GuidanceReuse | RegionAdaptive)]
     if inner and isinstance(inner[0], Broadcast) and not inner[0].neutral:
         _with_modules(inner[1:])
@@ -84,6 +92,28 @@ def reuse(
         parted = any(not p.neutral for p in inner)
         parts += reuse_guidance.guidance(network, policy, patch, parted)
     return parts
+
+
+def _merge(
+    network: nn.Module,
+    policy: Merge,
+    others: Sequence[Any],
+    patch: Patch,
+    view: BlockView | None,
+) -> list[str]:
+    """Merged tokens, below the other policies."""
+    for other in others:
+        if isinstance(other, RegionAdaptive) and not policy.neutral and not other.neutral:
+            raise ValueError(
+                f"accelerate: cache has {policy!r} and {other!r}, whose kept keys are of single "
+                "tokens; need one of them"
+            )
+    if view is not None and not policy.neutral:
+        raise ValueError(
+            f"accelerate: cache is {policy!r}, which needs to know the network's attention, and "
+            "view does not tell; need another policy, or no view"
+        )
+    return merge_views.reuse(network, policy, patch)
 
 
 def _tokens(
