@@ -127,7 +127,7 @@ def test_threads_are_those_asked_for(capsys, tmp_path):
         (("bench", "no_such_op"), "op is 'no_such_op', need one of"),
         (("bench", "gelu_tanh", "--threads", "0"), "--threads is 0"),
         (("bench", "--level", "mmx"), "invalid choice: 'mmx'"),
-        (("train",), "required: name, --out"),
+        (("train",), "required: --out"),
         (("train", "dit-digits", "--out", "x", "--minutes", "-1"), "--minutes: is '-1'"),
         (("info", "--xml"), "--xml"),
     ],
@@ -262,3 +262,29 @@ def test_wheel_carries_the_command_and_the_benches(tmp_path):
         command = [sys.executable, "-m", "fastdiff_engine", *argv]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0 and need in done.stdout, done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--out", "x"], "no name is given, need dit-digits, unet-digits or dit-scenes"),
+        (
+            ["train", "unet-digits", "--data", "scenes", "--out", "x"],
+            "--data is scenes, which unet",
+        ),
+        (["sample", "--layout", "3@10", "--model", "dit-scenes"], "need class@top,left of each"),
+        (
+            ["sample", "--layout", "3@1,2", "--model", "dit-digits"],
+            "which dit-digits does not take",
+        ),
+    ],
+)
+def test_bad_layouts_and_data(argv, words, capsys, tmp_path):
+    if argv[0] == "sample":
+        argv = [*argv, "--out", str(tmp_path / "x.png")]
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and words in said and said.count("\n") == 1
