@@ -23,6 +23,7 @@ from fastdiff.cache import (
 )
 from fastdiff.calibrate import magnitude_ratios
 from fastdiff.integrations import unet_views
+from fastdiff.tokens import RegionAdaptive
 from fastdiff.tune import Quality, Report, tune
 
 Call = Callable[[Any, int], Tensor]  # samples [B, ...] of an input, in so many steps
@@ -47,6 +48,7 @@ def candidates(network: nn.Module, ratios: Sequence[float] = ()) -> list[Any]:
     every += [Forecast(n, order) for order in (0, 1, 2) for n in (2, 3, 4, 6)]
     every += [FirstBlock(t) for t in (0.05, 0.1, 0.2)]
     every += [AccumulatedDistance(t) for t in (0.1, 0.2, 0.4)]
+    every += [RegionAdaptive(r, high=0.0) for r in (0.5, 0.25)]
     return [*every, [Forecast(2, 1), Broadcast()], [Forecast(3, 1), GuidanceReuse()]]
 
 
