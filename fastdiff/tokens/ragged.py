@@ -69,19 +69,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], **h
     bias, lengths = how.pop("bias", None), how.pop("key_lengths", None)
     if bias is not None and bias.dim() != 3:
         raise ValueError(
-            f"packed_attention: bias has shape {list(bias.shape)}, need a bias per key, 3 dimensions"
+            f"packed_attention: bias has shape {list(bias.shape)}, need a bias per key, 3 "
+            "dimensions"
         )
     out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
     start = 0
     for b, n in enumerate(each):
         if n:
             of_sample = slice(b, b + 1)
-            more = dict(how)
+            more: dict[str, Any] = dict(how)
             if bias is not None:
                 more["bias"] = bias if bias.shape[0] == 1 else bias[of_sample]
             if lengths is not None:
                 more["key_lengths"] = lengths[of_sample]
             rows = q[:, :, start : start + n]
-            out[:, :, start : start + n] = ops.attention(rows, k[of_sample], v[of_sample], **more)
+            found: Any = ops.attention(rows, k[of_sample], v[of_sample], **more)
+            out[:, :, start : start + n] = found
         start += n
     return out

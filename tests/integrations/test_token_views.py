@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import fastdiff
 from fastdiff import cache, models
 from fastdiff.accelerate import acceleration_of
+from fastdiff.engine import check
 from fastdiff.engine.request import Request
 from fastdiff.engine.reuse_tokens import PART
 from fastdiff.testing import draw_weights, load_file
@@ -360,3 +361,27 @@ def test_a_processor_set_later_turns_it_off():
         out = model(*args, **kwargs, return_dict=False)[0]
     assert torch.allclose(out, plain, atol=1e-5)
     assert run.trace[-1].how == "off: an attention has Other"
+
+
+@torch.no_grad()
+def test_a_sparse_step_waits_for_nothing():
+    """Of what a captured step must not do it does one thing: its state is Python's, no buffer."""
+    model = own()
+    fastdiff.accelerate(model, cache=RegionAdaptive(0.3, start=1, resets=()))
+    run = Request(10**6, 1)
+    run.samples = 2
+    given = dict(x=draw(2, 3, 16, 16), t=torch.full((2,), 500.0), y=torch.tensor([1, 2]),
+                 noise=draw(2, 3, 16, 16, seed=1))  # fmt: skip
+
+    def step(x, t, y, noise):
+        with run.active(), torch.no_grad():
+            run.prediction = noise
+            return model(x, t, y)
+
+    for _ in range(2):
+        step(**given)
+    found = [v.sentence for v in check(step, given, 3).violations]
+    assert found  # so it is not captured yet: fastdiff.programs refuses it
+    assert all("what lives across steps" in s or "make that tensor an input" in s for s in found)
+    with pytest.raises(ValueError, match="whose choice of tokens is not a buffer of a program"):
+        fastdiff.programs(model)
