@@ -135,7 +135,7 @@ class _Choice:
         found: _Choice = request.state.setdefault((id(network), PART), cls())
         return found
 
-    def run(self, ran: Tensor | None, rows: Tensor | None, batch: int) -> None:
+    def run(self, ran: Tensor | None, rows: Tensor | None) -> None:
         """Blocks run the tokens ``ran [S, N]`` (None: all) of the rows ``rows`` of a batch."""
         if rows is None:
             self.fresh = ran
@@ -226,7 +226,7 @@ class TokenCall:
         tokens; of the samples that a block cache lets through."""
         self.awake = True
         if self._choose is None:
-            self._choice.run(None, self.rows, self._kept.batch)
+            self._choice.run(None, self.rows)
         else:
             self.index = self._choose(self.rows)
         if self.index is None:
@@ -398,7 +398,6 @@ def _choose(
 ) -> Tensor | None:
     """``[B, A]`` for this step, None: all. The first call of a step chooses for all of them."""
     slot: Any = request.slot
-    choice_key = slot[0], PART
     if choice.chosen_at != request.step:
         noise = _noise(request, kept, view, kept.batch)
         tokens = noise.shape[1]
@@ -409,7 +408,7 @@ def _choose(
         if choice.drops is not None and choice.drops.shape != noise.shape[:2]:
             choice.drops = choice.fresh = choice.since = None
         # index and two counts of 8 bytes, drops of 4, fresh of 1; the forced tokens of a region
-        request.claim(choice_key, noise.shape[0] * tokens * 30)
+        request.claim((slot[0], PART), noise.shape[0] * tokens * 30)
         choice.chosen_at, choice.index, ran = request.step, None, None
         if count < tokens:
             choice.index, drops = ops.select_tokens(
@@ -419,7 +418,7 @@ def _choose(
             )  # fmt: skip
             choice.dropped(drops, rows)
             ran = torch.zeros_like(drops, dtype=torch.bool).scatter_(1, choice.index, True)
-        choice.run(ran, rows, kept.batch)
+        choice.run(ran, rows)
     index = choice.index
     if index is None or index.shape[0] == kept.batch:
         return index
@@ -514,9 +513,7 @@ def tokens(
     Args:
         first: the block at which a sparse step takes its tokens out; those before see all.
         always: as for :func:`drive`.
-    """  # fmt: skip
-    if policy.neutral:
-        return [f"{policy}: every step computes all tokens"]
+    """
     block = view.blocks.blocks[first]
     plain, last = forward_of(block.module), forward_of(view.last)
 

@@ -6,6 +6,7 @@ The processor is looked at in every call: one that a user sets later (an IP-Adap
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +36,20 @@ def why_left(module: Any) -> str | None:
     return None if class_name(processor) in _STOCK else f"has {type(processor).__name__}"
 
 
-def why_all_tokens(network: nn.Module) -> str:
-    """Why the attention of ``network`` needs all tokens in every call, "" where it does not."""
-    for module in network.modules():
+def attentions_of(network: nn.Module) -> list[nn.Module]:
+    """Every attention of ``network``."""
+    return [
+        m
+        for m in network.modules()
+        if class_name(m) in RULES or (hasattr(m, "processor") and hasattr(m, "to_q"))
+    ]
+
+
+def why_all_tokens(attentions: Sequence[nn.Module]) -> str:
+    """Why one of a network's attentions needs all tokens in every call, "" where none does."""
+    for module in attentions:
         if class_name(module) not in RULES:
-            if hasattr(module, "processor") and hasattr(module, "to_q"):
-                return f"{type(module).__name__} has no rule"
-            continue
+            return f"{type(module).__name__} has no rule"
         other = why_left(module)
         if other is not None:
             return f"an attention {other}"

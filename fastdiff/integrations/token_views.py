@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastdiff.engine.patch import Patch
 from fastdiff.engine.reuse_tokens import TokenView, current_tokens, drive, keys_values, tokens
 from fastdiff.engine.view import BlockView
 from fastdiff.integrations import views
-from fastdiff.integrations.attentions import RULES, why_all_tokens
+from fastdiff.integrations.attentions import RULES, attentions_of, why_all_tokens
 from fastdiff.integrations.rules import class_name
 from fastdiff.models import DiT
 from fastdiff.tokens.region import RegionAdaptive
@@ -58,7 +59,7 @@ def _picture(
         lambda outputs: _last_channels(channels, pixels, outputs),
         lambda noise: _patches(patch, noise),
         grid,
-        lambda: why_all_tokens(network),
+        partial(why_all_tokens, attentions_of(network)),
     )
 
 
@@ -86,7 +87,7 @@ def _flux(network: Any) -> TokenView:
         _packed,
         _packed,
         lambda count, args, kwargs: None,
-        lambda: why_all_tokens(network),
+        partial(why_all_tokens, attentions_of(network)),
     )
 
 
