@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import statistics
 import sys
@@ -220,32 +221,37 @@ class Scenes:
         )  # fmt: skip
 
 
+def paper(ratio: float, **more: Any) -> RegionAdaptive:
+    """The paper's settings for SD 3 and 28 steps."""
+    return RegionAdaptive(ratio, 4, (12, 20), metric="std", high=0.3, **more)
+
+
 def ways(full: int) -> list[tuple[str, int, Any]]:
-    """Name, steps and policy of every way to be faster."""
+    """Kind, steps and policy of every way to be faster."""
     found: list[tuple[str, int, Any]] = [("dense", full, None)]
-    found += [("fewer steps", n, None) for n in (24, 20, 16, 14, 12, 10, 8, 6)]
-    sparse = [RegionAdaptive(r, high=h) for r in (0.5, 0.35, 0.25, 0.125) for h in (0.0, 0.3)]
-    sparse += [RegionAdaptive(r, start=2, resets=(10,), high=0.0) for r in (0.5, 0.25, 0.125)]
-    sparse += [RegionAdaptive(0.25, start=4, resets=(10, 16, 22), high=0.0)]
-    found += [("tokens", full, p) for p in sparse]
-    caches = [cache.Forecast(n, order=o) for n in (2, 3, 4, 5) for o in (0, 1, 2)]
-    caches += [cache.FirstBlock(v) for v in (0.05, 0.1, 0.2)]
-    found += [("cache", full, p) for p in caches]
-    for inner in (cache.Forecast(2), cache.Forecast(3), cache.Forecast(2, order=0),
-                  cache.DeepCache(2), cache.FirstBlock(0.1)):  # fmt: skip
-        for p in (RegionAdaptive(0.5, high=0.0), RegionAdaptive(0.25, high=0.0),
-                  RegionAdaptive(0.5, start=2, resets=(8, 14, 20), high=0.0)):  # fmt: skip
-            found.append(("both", full, [p, inner]))
-    found.append(("guidance", full, cache.GuidanceReuse(2)))
-    found.append(("both", full, [RegionAdaptive(0.25, high=0.0), cache.GuidanceReuse(2)]))
+    found += [("fewer steps", n, None) for n in (20, 17, 14, 12, 10, 8, 6)]
+    found += [("tokens, paper's", full, paper(r)) for r in (0.5, 0.22, 0.125)]
+    found.append(("tokens, published rule", full, paper(0.22, compatible=True)))
+    found += [("tokens", full, RegionAdaptive(r)) for r in (0.5, 0.35, 0.25, 0.15, 0.08)]
+    found.append(("tokens", full, RegionAdaptive(0.15, resets=(8, 14, 20, 25))))
+    found += [("cache", full, cache.Forecast(n)) for n in (2, 3, 4, 5, 6)]
+    found += [("cache", full, cache.Forecast(n, order=2)) for n in (3, 4, 5)]
+    found.append(("cache", full, cache.Forecast(3, order=0)))
+    found += [("cache", full, cache.FirstBlock(v)) for v in (0.1, 0.2)]
+    found.append(("cache", full, cache.GuidanceReuse(2)))
+    for ratio, inner in itertools.product((0.5, 0.35, 0.25), (2, 3, 4)):
+        found.append(("both", full, [RegionAdaptive(ratio), cache.Forecast(inner)]))
+    found.append(("both", full, [RegionAdaptive(0.25), cache.FirstBlock(0.1)]))
+    found.append(("both", full, [RegionAdaptive(0.25), cache.GuidanceReuse(2)]))
+    for n, ratio in itertools.product((20, 14, 10), (0.5, 0.25)):
+        found.append(("tokens and fewer steps", n, RegionAdaptive(ratio)))
+    found += [("cache and fewer steps", n, cache.Forecast(2)) for n in (20, 14)]
     return found
 
 
 def whole(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Whole runs: PSNR to the dense run, speed, and what is read."""
     scenes = Scenes(args.batch)
-    scenes.model = fastdiff.accelerate(scenes.model)  # exact mode for all
-    fastdiff.restore(scenes.model)
     want, rows = scenes.draw(args.steps), []
     every = ways(args.steps)
     for kind, count, policy in every:
@@ -260,7 +266,7 @@ def whole(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.rounds > 1:  # arms take turns
-        arms = {str(i): partial(scenes.draw, n, p) for i, (_, n, p) in enumerate(every)}
+        arms: Arms = {str(i): partial(scenes.draw, n, p) for i, (_, n, p) in enumerate(every)}
         found = timed(arms, args.rounds)
         for i, row in enumerate(rows):
             row["seconds"] = round(found[str(i)] / 1e3, 4)

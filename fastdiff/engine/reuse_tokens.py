@@ -114,6 +114,8 @@ class _Choice:
         drops: int32 ``[S, N]``, how often in a row each was left out.
         since: int64 ``[S, N]``, steps since the prediction of each was made; None: 0 for all.
         gaps: the same before the last step, plus 1; None: 1 for all.
+        noise: ``[S, N, P, C]``, what the step before the last used; for the metric "change".
+        change: float32 ``[S, N]``, by how much each token's noise changed a step when it last ran.
         grid: tokens along each dimension of the picture.
         forced: a region, its tokens ``[S|1, N]``, the most that a sample has of them.
     """
@@ -126,6 +128,8 @@ class _Choice:
         self.drops: Tensor | None = None
         self.since: Tensor | None = None
         self.gaps: Tensor | None = None
+        self.noise: Tensor | None = None
+        self.change: Tensor | None = None
         self.grid: Sequence[int] | None = None
         self.forced: tuple[Region, Tensor, int] | None = None
 
@@ -159,6 +163,22 @@ class _Choice:
             self.drops = drops
         else:
             self.drops = torch.where(self._of_samples(rows), drops, self.drops)
+
+    def observe(self, noise: Tensor) -> None:
+        """At the start of a step, with the noise ``[S, N, P, C]`` that the last one used."""
+        if self.noise is not None and self.noise.shape == noise.shape:
+            delta = (noise.float() - self.noise.float()).abs().mean((2, 3))
+            if self.gaps is not None:
+                delta = delta / self.gaps
+            if self.change is not None and self.fresh is not None:
+                delta = torch.where(self.fresh, delta, self.change)
+            self.change = delta
+        self.noise = noise.clone()
+
+    def expected(self) -> Tensor:
+        """``[S, N]``: how much each token will have changed since it last ran."""
+        assert self.change is not None
+        return self.change if self.since is None else self.change * (self.since + 1)
 
     def tick(self, step: int) -> None:
         """At the end of the first call of a step."""
@@ -407,12 +427,20 @@ def _choose(
         count = max(tokens - low - high, least)
         if choice.drops is not None and choice.drops.shape != noise.shape[:2]:
             choice.drops = choice.fresh = choice.since = None
-        # index and two counts of 8 bytes, drops of 4, fresh of 1; the forced tokens of a region
-        request.claim((slot[0], PART), noise.shape[0] * tokens * 30)
+        # index and two counts of 8 bytes, drops and change of 4, fresh of 1, forced ones of 1
+        size = noise.shape[0] * tokens * 34
+        if choice.noise is not None:
+            size += choice.noise.numel() * choice.noise.element_size()
+        request.claim((slot[0], PART), size)
         choice.chosen_at, choice.index, ran = request.step, None, None
         if count < tokens:
+            rank = (
+                choice.expected()
+                if policy.metric == "change" and choice.change is not None
+                else score(noise, "std" if policy.metric == "change" else policy.metric)
+            )
             choice.index, drops = ops.select_tokens(
-                score(noise, policy.metric), count, choice.drops, starvation=policy.starvation,
+                rank, count, choice.drops, starvation=policy.starvation,
                 high=high / max(1, low + high), most=policy.most, forced=forced,
                 compatible=policy.compatible,
             )  # fmt: skip
@@ -470,6 +498,12 @@ def drive(
         choice = _Choice.of(request, network)
         dense = policy.full(step, request.steps) or choice.owed
         sparse = not dense and kept.output is not None and bool(kept.keys)
+        if (
+            policy.metric == "change"
+            and choice.step < step
+            and (request.prediction is not None or kept.output is not None)
+        ):
+            choice.observe(_noise(request, kept, view, batch))
         choose = partial(_choose, request, choice, policy, view, kept, args, kwargs)
         keeps = not sparse and (always or not policy.full(step + 1, request.steps))
         call = TokenCall(request, kept, choice, choose if sparse else None, keeps)

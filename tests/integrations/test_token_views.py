@@ -119,7 +119,7 @@ class ByHand:
 def test_a_run_is_that_of_a_loop_by_hand(high, guidance):
     """Euler, three samples, with guidance: one choice for both branches; a canvas not square."""
     model, steps, b = own(), 9, 3
-    policy = RegionAdaptive(0.4, start=2, resets=(5,), high=high, starvation=0.3)
+    policy = RegionAdaptive(0.4, start=2, resets=(5,), metric="std", high=high, starvation=0.3)
     y, noise = torch.arange(b), draw(b, 3, 16, 24)
     how = dict(sampler="flow_euler", steps=steps, classes=y, guidance=guidance)
     got = fastdiff.sample(model, noise, cache=policy, **how)
@@ -286,8 +286,12 @@ def test_bytes_are_those_of_the_shapes_and_can_be_limited():
     with fastdiff.request(steps) as run:
         for i in range(steps):
             model(x + i, t, y)
-        counts = 64 * b * (4 + 8 + 1 + 8) + b * 16 * 8 * 1  # drops, since, fresh, gaps; the index
-        assert keys + output <= run.bytes() <= keys + output + 2 * counts
+        counts = (
+            64 * b * (4 + 8 + 1 + 8 + 4) + b * 16 * 8
+        )  # drops, since, fresh, gaps, change; index
+        assert (
+            run.bytes() == keys + 2 * output + counts
+        )  # of two steps: what the change is taken of
     fastdiff.restore(model)
     fastdiff.accelerate(model, cache=policy, cache_bytes=keys // 2)
     with pytest.raises(ValueError, match="accelerate: cache_bytes is"), fastdiff.request(steps):
@@ -385,3 +389,41 @@ def test_a_sparse_step_waits_for_nothing():
     assert all("what lives across steps" in s or "make that tensor an input" in s for s in found)
     with pytest.raises(ValueError, match="whose choice of tokens is not a buffer of a program"):
         fastdiff.programs(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["std", "change"])
+def test_what_a_choice_goes_by(metric):
+    """The tokens of highest metric, from predictions that the run is told; by hand."""
+    model, b, n = own(), 2, 64
+    fastdiff.accelerate(
+        model, cache=RegionAdaptive(0.3, start=2, resets=(6,), metric=metric, starvation=0.0)
+    )
+    t, y = torch.full((b,), 500.0), torch.arange(b)
+    told, change = [], torch.zeros(b, n)
+    last = torch.zeros(b, n, dtype=torch.int64)  # when each was computed
+    gaps, ran = torch.ones(b, n), torch.ones(b, n, dtype=torch.bool)
+    with fastdiff.request(12) as run:
+        run.samples = b
+        for i in range(12):
+            model(draw(b, 3, 16, 16, seed=i), t, y)
+            tokens = [
+                p.unflatten(2, (8, 2)).unflatten(4, (8, 2)).permute(0, 2, 4, 3, 5, 1) for p in told
+            ]
+            tokens = [p.reshape(b, n, 4, 3) for p in tokens]
+            if i >= 2:
+                delta = (tokens[-1] - tokens[-2]).abs().mean((2, 3)) / gaps
+                change = torch.where(ran, delta, change)
+            if i >= 2 and i != 6:
+                rank = change * (i - last)
+                if metric == "std":
+                    rank = tokens[-1].std(dim=3).mean(2)
+                want = rank.topk(20, 1).indices.sort(1).values  # 64 - floor(0.7 * 64)
+                assert torch.equal(choice_of(run, model).index, want), i
+                ran = torch.zeros(b, n, dtype=torch.bool).scatter(1, want, True)
+            else:
+                ran = torch.ones(b, n, dtype=torch.bool)
+            gaps = (i - last).clamp(min=1).float()
+            last = torch.where(ran, i, last)
+            told.append(draw(b, 3, 16, 16, seed=100 + i))
+            run.prediction = told[-1]

@@ -9,13 +9,13 @@ from fastdiff.tokens.region import forced_tokens, score
 
 
 def test_schedule():
-    policy = RegionAdaptive(0.25, start=3, resets=(9, 5), end=12)
+    policy = RegionAdaptive(0.25, start=3, resets=(9, 5), end=12, high=0.3)
     full = [policy.full(i, 14) for i in range(14)]
     assert [i for i, dense in enumerate(full) if dense] == [0, 1, 2, 5, 9, 12, 13]
     assert policy.left_out(4, 14, 100) == (52, 23) and policy.left_out(5, 14, 100) == (0, 0)
-    assert RegionAdaptive(0.5).left_out(4, 28, 7) == (2, 1)  # 4 of 7 are computed
+    assert RegionAdaptive(0.5, high=0.4).left_out(4, 28, 7) == (1, 2)  # 4 of 7 are computed
     assert sum(RegionAdaptive(0.0).left_out(4, 28, 7)) == 6
-    assert RegionAdaptive(0.5, compatible=True).left_out(4, 28, 256) == (89, 38)
+    assert RegionAdaptive(0.5, high=0.3, compatible=True).left_out(4, 28, 256) == (89, 38)
     assert not RegionAdaptive(0.5, resets=(40,)).full(27, 28)  # a reset past the end is no error
     assert RegionAdaptive(1.0).neutral and all(RegionAdaptive(1.0).full(i, 9) for i in range(9))
 
@@ -60,7 +60,7 @@ def test_region_and_halo():
         (dict(ratio="half"), "ratio is 'half', need"),
         (dict(start=0), "start is 0, need an integer of at least 1"),
         (dict(resets=(3, -1)), "resets is -1, need an integer of at least 0"),
-        (dict(metric="l1"), "metric is 'l1', need one of std, norm"),
+        (dict(metric="l1"), "metric is 'l1', need one of std, norm, change"),
         (dict(high=-0.1), "high is -0.1, need"),
         (dict(starvation=float("nan")), "starvation is nan, need"),
         (dict(most=0), "most is 0, need"),
@@ -74,4 +74,4 @@ def test_bad_settings(settings, message):
 
 
 def test_as_text():
-    assert parse("tokens:0.25,start=2,resets=8+16") == RegionAdaptive(0.25, 2, (8, 16))
+    assert parse("tokens:0.25,start=3,resets=8+16") == RegionAdaptive(0.25, 3, (8, 16))
