@@ -120,3 +120,11 @@ def test_no_such_checkpoint():
         ValueError, match="load: nothing is no file, need a .safetensors path or one of"
     ):
         models.load("nothing")
+
+
+def test_scenes_ship_within_their_size():
+    path = models.checkpoint.FOLDER / "dit-scenes.safetensors"
+    assert path.stat().st_size <= 12 * 2**20
+    model, card = models.load("dit-scenes")
+    assert model.box_size == 24 and card["image_size"] == 64 and card["training"]["minutes"] > 0
+    assert "dit-scenes" in models.checkpoint.names()
