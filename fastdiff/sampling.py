@@ -59,8 +59,10 @@ def sample(
         acceleration = acceleration_of(network)
         assert acceleration is not None
         acceleration.last = run
-        if any(isinstance(p, RegionAdaptive) for p in acceleration.policies):
+        sparse = [p for p in acceleration.policies if isinstance(p, RegionAdaptive)]
+        if sparse:
             settings.setdefault("predicted", partial(setattr, run, "prediction"))
+        if any(p.own_times for p in sparse):
             assert isinstance(network, nn.Module)
             settings.setdefault("gaps", partial(gaps_of, run, network))
         return samplers.sample(model, x, **settings)

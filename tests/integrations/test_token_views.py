@@ -147,7 +147,7 @@ def test_a_run_is_that_of_a_loop_by_hand(high, guidance):
 @pytest.mark.parametrize(
     "policy",
     [
-        RegionAdaptive(0.3, start=2, resets=(6,)),
+        RegionAdaptive(0.3, start=2, resets=(6,), own_times=True),
         [RegionAdaptive(0.3, start=2, resets=(6,)), cache.Forecast(2)],
         [RegionAdaptive(0.3, start=2, resets=(6,)), cache.FirstBlock(0.05)],
     ],

@@ -1,5 +1,7 @@
 """Multistep samplers where parts of the state were last predicted several calls ago."""
 
+from dataclasses import replace
+
 import torch
 
 import fastdiff
@@ -65,7 +67,16 @@ def test_gaps_are_those_of_the_choices():
             else:
                 last.view(2, -1).scatter_(1, index, i)
     assert max(seen) > 2
-    run = fastdiff.sample(
-        model, (2, 3, 16, 24), sampler="dpmpp_2m", steps=10, classes=torch.tensor([1, 2])
+    fastdiff.restore(model)
+    how = dict(sampler="dpmpp_2m", steps=10, classes=torch.tensor([1, 2]))
+    one, own = (
+        fastdiff.sample(model, (2, 3, 16, 24), **how, cache=replace(policy, own_times=on))
+        for on in (False, True)
     )
-    assert run.isfinite().all()
+    assert own.isfinite().all() and not torch.equal(one, own)
+    for cache in (
+        RegionAdaptive(1.0, own_times=True),
+        RegionAdaptive(0.3, 9, (9,), own_times=True),
+    ):
+        plain = fastdiff.sample(model, (2, 3, 16, 24), **how)
+        assert torch.equal(fastdiff.sample(model, (2, 3, 16, 24), **how, cache=cache), plain)

@@ -42,6 +42,7 @@ POLICIES = st.builds(
     metric=st.sampled_from(["std", "norm"]),
     high=st.floats(0, 1),
     starvation=st.sampled_from([0.0, 0.1, 2.0, 100.0]),
+    own_times=st.booleans(),
     most=st.one_of(st.none(), st.integers(1, 6)),
 )
 
