@@ -202,7 +202,8 @@ def parser() -> Parser:
         type=_policy,
         help="reuse work from step to step: deepcache:3, firstblock:0.1, taylor:3, broadcast:2, or "
         "encoder:50ls for U-Nets, tokens:0.5 for transformers; more settings as "
-        "deepcache:3,branch=1; several together as taylor:3/broadcast:2; or the JSON file of fastdiff tune (default: none)",
+        "deepcache:3,branch=1; several together as taylor:3/broadcast:2; or the JSON file "
+        "of fastdiff tune (default: none)",
     )
     p.add_argument(
         "--out",
