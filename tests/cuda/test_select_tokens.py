@@ -56,3 +56,10 @@ def test_forced_tokens():
 def test_same_bits_in_every_order(mode):
     score, drops = inputs(1, 530, ties=True)
     compare(score, 200, drops, mode, high=0.5)
+
+
+def test_nan_of_either_sign_is_one_value():
+    score, drops = inputs(1, 40)
+    score[:] = math.nan
+    score[:, ::3].neg_()
+    compare(score, 15, drops, high=0.4)

@@ -159,3 +159,11 @@ def test_update_skips_an_index_out_of_range(dim):
         update_tokens_(inside, index, y, impl="native")
     assert torch.equal(inside, want)
     assert buffer[:zone].isnan().all() and buffer[-zone:].isnan().all()
+
+
+def test_update_of_short_rows_in_aligned_memory_writes_no_further():
+    index = torch.tensor([[3, 0, 5]])
+    wide, y = torch.randn(1, 9, 64), torch.randn(1, 3, 64)
+    before = wide.clone()
+    check_update(wide[..., :37], index, y[..., :37])
+    assert torch.equal(wide[..., 37:], before[..., 37:])
