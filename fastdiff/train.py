@@ -76,7 +76,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "dit-scenes": dict(sampler="flow_euler", steps=28, guidance=2.0),
     "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0, clip=1.0),
 }
-WINDOWS, WINDOW = 0.8, 28  # share of the time on parts of scenes, and their side in pixels
+WINDOWS, WINDOW = 0.8, 26  # share of the time on parts of scenes, and their side in pixels
 
 
 @dataclass

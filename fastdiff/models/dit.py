@@ -73,8 +73,8 @@ class DiT(nn.Module):
         prediction: what the first C channels are: "flow" (noise - data) or "eps" (noise).
         box_size: pixels, a multiple of the patch. Above 0 the condition is a layout ``[B, K, 3]``:
             class, top and left of K boxes of this size. Every token whose centre lies in a box
-            gets the embeddings of the class and of its own place in the box; the modulations
-            depend on the time alone.
+            gets the embedding of its class at its own place in the box; the modulations depend on
+            the time alone.
     """
 
     x_embedder: Any
@@ -138,9 +138,9 @@ class DiT(nn.Module):
         self.t_embedder = nn.Module()
         self.t_embedder.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
         self.y_embedder = nn.Module()
-        self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, d)
-        if box_size:  # the last place is outside of all boxes
-            self.y_embedder.place_table = nn.Embedding((box_size // patch_size) ** 2 + 1, d)
+        cells = (box_size // patch_size) ** 2 or 1
+        # A row for every class, or for every class at every cell of a box, and one for none.
+        self.y_embedder.embedding_table = nn.Embedding(num_classes * cells + 1, d)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, d), requires_grad=False)
         self.blocks = nn.ModuleList(_Block(d, mlp_ratio) for _ in range(depth))
@@ -165,9 +165,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.pos_embed.shape[-1], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        if self.box_size:
-            nn.init.normal_(self.y_embedder.place_table.weight, std=0.02)
+        # Added to the tokens, beside positions of size 1, a box must stand out.
+        std = 0.2 if self.box_size else 0.02
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for block in self.blocks:
@@ -218,13 +218,11 @@ class DiT(nn.Module):
         )
         inside = (kind < self.num_classes) & (row >= 0) & (row < cells)
         inside = inside & (column >= 0) & (column < cells)  # [B, K, rows, columns]
-        place, cell = torch.full_like(inside[:, 0], cells * cells, dtype=torch.int64), row * cells
-        label = torch.full_like(place, self.num_classes)
+        entry = (kind * cells + row) * cells + column
+        found = torch.full_like(entry[:, 0], self.num_classes * cells * cells)  # none
         for k in range(y.shape[1]):
-            place = torch.where(inside[:, k], cell[:, k] + column[:, k], place)
-            label = torch.where(inside[:, k], kind[:, k], label)
-        tables = self.y_embedder
-        return (tables.embedding_table(label) + tables.place_table(place)).flatten(1, 2)
+            found = torch.where(inside[:, k], entry[:, k], found)
+        return self.y_embedder.embedding_table(found.flatten(1))
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """``[B, N, p*p*C]`` -> ``[B, C, H, W]``."""

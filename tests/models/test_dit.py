@@ -238,16 +238,15 @@ def test_layouts(size):
     got = model(x, t, y)
     assert torch.allclose(got, plain(model)(x, t, y), atol=2e-5 * got.abs().max())
     rows, columns = size[0] // 2, size[1] // 2
-    tables, made = model.y_embedder, model.layout(y, rows, columns)
+    table, made = model.y_embedder.embedding_table.weight, model.layout(y, rows, columns)
     for b, boxes in enumerate(y.tolist()):
         for r in range(rows):
             for c in range(columns):
-                kind, place = 10, 144
+                entry = 10 * 144  # none
                 for k, top, left in boxes:
                     if k < 10 and top <= 2 * r < top + 24 and left <= 2 * c < left + 24:
-                        kind, place = k, (r - top // 2) * 12 + c - left // 2
-                want = tables.embedding_table.weight[kind] + tables.place_table.weight[place]
-                assert torch.equal(made[b, r * columns + c], want)
+                        entry = k * 144 + (r - top // 2) * 12 + c - left // 2
+                assert torch.equal(made[b, r * columns + c], table[entry])
 
 
 @torch.no_grad()
