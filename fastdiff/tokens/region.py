@@ -13,7 +13,7 @@ so that on either side a token comes nearer to being computed with every step th
 The paper's metric is the spread of a token's noise; its settings for SD 3 are ``RegionAdaptive(0.5,
 4, (12, 20), metric="std", high=0.3)``. Ours, the default, is how much the noise of a token changes:
 over 28 steps of dit-scenes it kept 40 dB of the dense run's pictures with a quarter of the tokens,
-where the paper's settings kept 32 dB with a half (``bench/sparse.py whole``).
+where the paper's settings kept 36 dB with a half (``bench/sparse.py whole``).
 """
 
 from __future__ import annotations
