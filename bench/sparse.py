@@ -243,9 +243,10 @@ def ways(full: int) -> list[tuple[str, int, Any]]:
         found.append(("both", full, [RegionAdaptive(ratio), cache.Forecast(inner)]))
     found.append(("both", full, [RegionAdaptive(0.25), cache.FirstBlock(0.1)]))
     found.append(("both", full, [RegionAdaptive(0.25), cache.GuidanceReuse(2)]))
-    for n, ratio in itertools.product((20, 14, 10), (0.5, 0.25)):
+    for n, ratio in itertools.product((20, 14, 12, 10, 8), (0.5, 0.25)):
         found.append(("tokens and fewer steps", n, RegionAdaptive(ratio)))
-    found += [("cache and fewer steps", n, cache.Forecast(2)) for n in (20, 14)]
+    for n, inner in itertools.product((20, 14, 12, 10, 8), (2, 3)):
+        found.append(("cache and fewer steps", n, cache.Forecast(inner)))
     return found
 
 

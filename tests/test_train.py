@@ -119,10 +119,7 @@ def test_windows_are_parts_of_scenes(tiny):
     want = torch.stack([c[:, r : r + 28, k : k + 28] for c, (r, k) in zip(whole, at, strict=True)])
     assert torch.allclose(got, want, atol=1e-4 * want.abs().max())
     x, y, more = train.BATCHES["dit-scenes"](Recipe(batch=8, label_dropout=1.0), 0.0)
-    assert (
-        x.shape == (8, 1, train.WINDOW, train.WINDOW)
-        and (y[..., 0] == data.EMPTY).all()
-        and "window" in more
-    )
+    assert x.shape == (8, 1, train.WINDOW, train.WINDOW) and "window" in more
+    assert (y[..., 0] == data.EMPTY).all()
     x, y, more = train.BATCHES["dit-scenes"](Recipe(batch=8), 0.99)
     assert x.shape == (2, 1, 64, 64) and not more

@@ -90,7 +90,8 @@ def load(
     """A trained network and its card.
 
     Args:
-        name: a shipped checkpoint ("dit-digits", "unet-digits") or a path ``*.safetensors``.
+        name: a shipped checkpoint ("dit-digits", "dit-scenes", "unet-digits") or a path
+            ``*.safetensors``.
         dtype: what to compute in; files hold float16.
         plain: the plain-torch network in place of the one built on :mod:`fastdiff.ops`.
 

@@ -138,9 +138,9 @@ class DiT(nn.Module):
         self.t_embedder = nn.Module()
         self.t_embedder.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
         self.y_embedder = nn.Module()
-        cells = (box_size // patch_size) ** 2 or 1
-        # A row for every class, or for every class at every cell of a box, and one for none.
-        self.y_embedder.embedding_table = nn.Embedding(num_classes * cells + 1, d)
+        # A row for every class, or for every class at every place in a box, and one for none.
+        places = (box_size // patch_size) ** 2 if box_size else 1
+        self.y_embedder.embedding_table = nn.Embedding(num_classes * places + 1, d)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, d), requires_grad=False)
         self.blocks = nn.ModuleList(_Block(d, mlp_ratio) for _ in range(depth))
