@@ -1,4 +1,5 @@
-"""Linear layers with and without an activation, at the sizes of DiT-S, DiT-XL and SDXL blocks."""
+"""Linear layers with and without an activation, at the sizes of DiT-S, DiT-XL and SDXL blocks;
+with few rows, their modulations."""
 
 from __future__ import annotations
 
@@ -37,6 +38,9 @@ def cases() -> list[Case]:
         (64, 192, 768),
         (1, 256, 1024),
         (4096, 640, 640),
+        (2, 384, 2304),
+        (2, 1152, 6912),
+        (8, 1152, 6912),
     ]
     result = [_case(*s, d, None) for d in (torch.float32, torch.bfloat16) for s in shapes]
     result += [_case(2048, 384, 1536, d, "gelu_tanh") for d in (torch.float32, torch.bfloat16)]

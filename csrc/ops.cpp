@@ -52,6 +52,8 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor");
   m.def("geglu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
+  // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
+  m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "

@@ -36,7 +36,6 @@ NO_CUDA = {
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
     "qk_norm_rope": _BOUND,
 }
-NO_NATIVE = {"linear": f"none: {_LIBRARY} (oneDNN, rows onednn and upcast)"}
 NO_TRITON = {
     "conv3x3": "none: cuDNN, row torch",
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
@@ -128,13 +127,10 @@ def rows(triton: Found | None, cuda: Found | None) -> list[str]:
     dtypes = ", ".join(DTYPES)
     for op in info.op_names():
         have, nothing = _rows(op), ["-"] * 5
-        if "native" in have:
-            of_cpu = ["not read for a CPU"] * 3
-            where = "CPU, at every level"
-            taken = _native_dtypes(op)
-            lines.append(_line(op, "native, CPU", taken, where, ", ".join(LEVELS), *of_cpu))
-        else:
-            lines.append(_line(op, "native, CPU", NO_NATIVE[op], *nothing))
+        of_cpu = ["not read for a CPU"] * 3
+        levels = ", ".join(LEVELS)
+        taken = _native_dtypes(op)
+        lines.append(_line(op, "native, CPU", taken, "CPU, at every level", levels, *of_cpu))
         kinds: Iterable[tuple[str, bool, Found | None, str, tuple[str, ...], dict[str, str]]] = (
             ("CUDA", testing_cuda.has_kernel(op), cuda,
              "CPU, in the model of CUDA (csrc/simt)", testing_cuda.TARGETS, NO_CUDA),

@@ -43,7 +43,7 @@ def test_a_kernel_without_spills_is_what_the_table_promises():
 
 def test_reasons_are_of_ops():
     names = set(info.op_names())
-    for reasons in (info_kernels.NO_CUDA, info_kernels.NO_NATIVE, info_kernels.NO_TRITON):
+    for reasons in (info_kernels.NO_CUDA, info_kernels.NO_TRITON):
         assert set(reasons) <= names
     assert all(testing_cuda.has_kernel(op) != (op in info_kernels.NO_CUDA) for op in names)
 
