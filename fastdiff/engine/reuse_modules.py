@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastdiff import ops
 from fastdiff.cache.broadcast import Broadcast
 from fastdiff.engine.history import History, Streams
 from fastdiff.engine.off import warn_of_few, why_off
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.reuse_tokens import current_tokens
 
 
 class Part(NamedTuple):
@@ -50,6 +52,21 @@ class _Kept(NamedTuple):
 def _signature(values: Iterable[Any]) -> Hashable:
     """Shape, dtype and device of the tensors among ``values``, by place."""
     return tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values)
+
+
+def _places(fits: Any, args: Any, kwargs: Any) -> list[Tensor | None]:
+    """Of a call on some of the tokens: for each tensor given, ``[B, A]``, the places of its rows in
+    the stream that the module was called with before; None where it has all of them. The network's
+    first tokens are another stream's, where there are any."""
+    tokens = current_tokens()
+    assert tokens is not None
+    found: list[Tensor | None] = []
+    whole = (shape for shape, *_ in filter(None, (*fits[0], *fits[2])))
+    given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    for x, shape in zip(given, whole, strict=True):
+        some = x.shape != shape and x.dim() == 3
+        found.append(tokens.among(x.shape[1], shape[1] - tokens.total, 0) if some else None)
+    return found
 
 
 def _one(streams: Streams) -> Streams:
@@ -93,6 +110,9 @@ class Call:
         fits = (_signature(args), tuple(kwargs), _signature(kwargs.values()))
         x: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         kept = self._state.get(key)
+        tokens = current_tokens()
+        if tokens is not None and tokens.index is not None:
+            return self._some(part, kept, computes, run, args, kwargs)
         if kept is not None and kept.fits != fits and not request.static:
             del self._state[key]  # before the new one takes memory
             kept = None
@@ -106,15 +126,45 @@ class Call:
             return out  # not something that can be continued: always computed
         if kept is None:
             size = sum(t.numel() * t.element_size() for t in tensors)
-            most = policy.most(part.kind, request.steps)
+            most = policy.order + 1 if tokens else policy.most(part.kind, request.steps)
             request.claim((*self._slot, key), size * most)
             kept = self._state[key] = _Kept(fits, single, self._history(part.kind))
-        if not keeps and not request.static:
+        if not keeps and tokens is None and not request.static:  # some tokens may come next
             self._state[key] = kept._replace(history=self._history(part.kind))
         elif part.residual is None:
             kept.history.put(request.step, _one(tensors))
         else:
             kept.history.put(request.step, _one((out * part.residual,)), _one((x,)))
+        return out
+
+    def _some(
+        self,
+        part: Part,
+        kept: _Kept | None,
+        computes: bool,
+        run: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """The output for some of the tokens: what is kept is of all, the i-th output's rows are
+        those of the i-th tensor given."""
+        if kept is None or not kept.history.values:
+            self._note(part.kind, "full")
+            return run(*args, **kwargs)
+        history, step, places = kept.history, self._request.step, _places(kept.fits, args, kwargs)
+        if not computes:
+            self._note(part.kind, "forecast" if len(history.values) > 1 else "reuse")
+            whole = [t[0] for t in history.forecast(step, self._policy.method)]
+            some = tuple(
+                t.clone() if at is None else ops.gather_tokens(t, at)
+                for t, at in zip(whole, places, strict=False)
+            )
+            return some[0] if kept.single else some
+        self._note(part.kind, "full")
+        out = run(*args, **kwargs)
+        last = zip((out,) if kept.single else out, history.values[0], places, strict=False)
+        new = (t if at is None else ops.update_tokens_(o[0].clone(), at, t) for t, o, at in last)
+        history.put(step, _one(tuple(new)))
         return out
 
     def _reused(self, part: Part, kept: _Kept, x: Tensor) -> Any:

@@ -129,10 +129,7 @@ def _tokens(
         if policy.neutral or other.neutral:
             continue
         if isinstance(other, Broadcast):
-            raise ValueError(
-                f"accelerate: cache has {policy!r} and {other!r}, whose kept outputs are of all "
-                "tokens; need a policy of blocks there, such as Forecast"
-            )
+            always = True
         if isinstance(other, _DEEP) and not isinstance(other, EncoderPropagation):
             first, always = ends_of(other)[0], True
     if view is not None and not policy.neutral:
