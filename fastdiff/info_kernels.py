@@ -109,7 +109,8 @@ def _numbers(op: str, found: Found) -> list[str]:
 
 
 def _native_dtypes(op: str) -> str:
-    taken = (d for d in DTYPES if info.why(op, getattr(torch, d), "cpu")["native"] is None)
+    row = "few_rows" if op == "linear" else "native"
+    taken = (d for d in DTYPES if info.why(op, getattr(torch, d), "cpu")[row] is None)
     return ", ".join(taken)
 
 

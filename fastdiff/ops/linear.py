@@ -47,7 +47,7 @@ def _torch_row(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 _FEW = 8
 
 
-def _native_why_not(
+def _few_rows_why_not(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> str | None:
     why = why_not_native(x, weight, bias) or refuse_grad(x, weight, bias)
@@ -178,7 +178,7 @@ def _upcast_why_not(
 
 
 IMPLS = (
-    Impl("native", native("linear_few_rows"), _native_why_not),
+    Impl("few_rows", native("linear_few_rows"), _few_rows_why_not),
     Impl("onednn", _onednn_row, _onednn_why_not),
     Impl("upcast", _upcast_row, _upcast_why_not),
     Impl("torch", _torch_row, always),
@@ -215,7 +215,7 @@ def linear(
 ) -> Tensor:
     """``act(x @ weight.T + bias)``, by the library that is fastest for these operands.
 
-    Rows: "native" (at most 8 rows of x on the CPU, no gradient), "onednn" (activation fused, no
+    Rows: "few_rows" (at most 8 of x, on the CPU, no gradient), "onednn" (activation fused, no
     gradient), "upcast" (16-bit operands through float32, where the processor is slow in their
     dtype), "torch" and "ref". The first 16-bit call of a process times both ways once.
 
