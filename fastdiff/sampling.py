@@ -13,7 +13,7 @@ from fastdiff import samplers
 from fastdiff.accelerate import accelerated, acceleration_of, request
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import current
-from fastdiff.engine.reuse_tokens import gaps_of, open_region, region
+from fastdiff.engine.token_state import gaps_of, open_region, region
 from fastdiff.samplers.sample import model_times
 from fastdiff.tokens import RegionAdaptive
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.cache.extrapolate import weights
+from fastdiff.engine.held import Held
 
 Streams = tuple[Tensor, ...]
 
@@ -24,7 +26,7 @@ def _stored(value: Tensor, minus: Tensor | None, room: Tensor | None) -> Tensor:
     return value.clone() if room is None else room.copy_(value)
 
 
-class History:
+class History(Held):
     """Up to ``length`` values of a tuple of features ``[B, ...]``, each sample with its own steps.
 
     Memory is allocated until there are ``length`` buffers and then used again: addresses stay.
@@ -42,6 +44,28 @@ class History:
         self.nodes: list[list[int]] = []
 
     @property
+    def complete(self) -> bool:
+        return len(self.buffers) >= self.length
+
+    def tensors(self) -> Any:
+        return [list(buffer) for buffer in self.buffers]
+
+    def look(self, step: int) -> Hashable:
+        return tuple(self.order), tuple(tuple(step - s for s in n) for n in self.nodes)
+
+    def become(self, tensors: Any, look: Any, step: int) -> None:
+        self.buffers = [tuple(buffer) for buffer in tensors]
+        self.order, self.nodes = list(look[0]), [[step - s for s in n] for n in look[1]]
+
+    def fill(self) -> None:
+        while self.buffers and not self.complete:
+            self.buffers.append(tuple(torch.zeros_like(v) for v in self.buffers[0]))
+            self.version += 1
+
+    def forget(self) -> None:
+        self.order, self.nodes = [], []
+
+    @property
     def values(self) -> list[Streams]:
         """What is kept, the newest first."""
         return [self.buffers[i] for i in self.order]
@@ -57,13 +81,6 @@ class History:
             self.order = self.order[1:]
             self.nodes = [nodes[1:] for nodes in self.nodes]
 
-    def move_on(self, step: int, batch: int) -> None:
-        """What :meth:`put` does to ``order`` and ``nodes``."""
-        self._repeat(step)
-        place = self._place()
-        self.order = [place, *(i for i in self.order if i != place)]
-        self.nodes = [[step, *n][: self.length] for n in self.nodes or [[]] * batch]
-
     def put(self, step: int, streams: Streams, minus: Streams | None = None) -> None:
         """Keep ``streams`` (less ``minus``, of as many tensors or more) of all samples. A step that
         is done again, as its call broke off, takes its own place."""
@@ -76,7 +93,9 @@ class History:
         new = tuple(_stored(s, m, r) for s, m, r in zip(streams, less, room, strict=False))
         if not used:
             self.buffers.append(new)
-        self.move_on(step, new[0].shape[0])
+            self.version += 1
+        self.order = [place, *(i for i in self.order if i != place)]
+        self.nodes = [[step, *n][: self.length] for n in self.nodes or [[]] * new[0].shape[0]]
         if self._observe is not None:
             self._observe(self)
 

@@ -27,27 +27,26 @@ from fastdiff.cache import (
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.capture_check import Report, check
 from fastdiff.engine.graphs import Pool, Runner, runner
-from fastdiff.engine.history import History
+from fastdiff.engine.held import Held
 from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.token_state import PART, Choice, open_region
 from fastdiff.tokens.region import RegionAdaptive
 
 _MOST = 64  # steps after which a cache that has not filled its memory is taken to need no more
 
-Skeleton = list[tuple[list[int], list[list[int]]]]  # order and nodes of every history
 
-
-def _histories(value: Any) -> Iterator[History]:
-    """Every history in a tree of dicts, lists, tuples and objects, in a fixed order."""
-    if isinstance(value, History):
+def _held(value: Any) -> Iterator[Held]:
+    """What a tree of dicts, lists, tuples and objects holds across steps, in a fixed order."""
+    if isinstance(value, Held):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _histories(item)
+            yield from _held(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _histories(item)
+            yield from _held(item)
     elif hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module):
-        yield from _histories(vars(value))
+        yield from _held(vars(value))
 
 
 def _decisions(policies: Sequence[Any], step: int, steps: int | None) -> Hashable:
@@ -58,6 +57,8 @@ def _decisions(policies: Sequence[Any], step: int, steps: int | None) -> Hashabl
             found += [policy.computes(kind, step, steps) for kind in KINDS]
             continue
         found.append(policy.full(step, steps))
+        if isinstance(policy, RegionAdaptive):  # dense steps keep what the next one needs
+            found += [policy.full(step + 1, steps), policy.share(step, steps)]
         if isinstance(policy, GuidanceReuse) and not found[-1]:
             found.append(policy.weights(step, steps))
     return tuple(found)
@@ -68,24 +69,22 @@ class Program:
 
     Attributes:
         at: the step of the next run.
-        before: order and nodes of the histories from which it starts.
+        before, after: the Python values of what is held, from which it starts and at which it ends.
         ran: the inner request of the last run in Python; None after a replay of a graph.
     """
 
-    def __init__(self, slot: Slot, number: int, at: int, steps: int | None, before: Skeleton):
+    def __init__(self, slot: Slot, number: int, at: int, steps: int | None, before: list[Hashable]):
         self._slot, self._number, self._steps = slot, number, steps
         self.at, self.before = at, before
+        self.after: list[Hashable] = []
         self.ran: Request | None = None
         self.runner: Runner | None = None
         self.events: list[Event] = []
-        self.moved: list[bool] = []
 
     def step(self, inputs: Any, kept: Any) -> Any:
         """Run the network on ``inputs`` (leaves of its arguments) and the buffers ``kept``."""
         slot = self._slot
-        for history, buffers, (order, nodes) in zip(slot.histories, kept, self.before, strict=True):
-            history.buffers = [tuple(buffer) for buffer in buffers]
-            history.order, history.nodes = list(order), [list(n) for n in nodes]
+        slot.become(kept, self.before, self.at)
         self.ran = slot.request(self._number, self.at, self._steps)
         args, kwargs = slot.arguments(inputs)
         with self.ran.active():
@@ -100,6 +99,7 @@ class Slot:
         leaves: of the arguments; tensors become buffers, anything else is a constant.
         spec: their structure.
         samples: of the run.
+        choice: of tokens, which the calls of a step share; None: no policy chooses any.
     """
 
     def __init__(
@@ -108,14 +108,18 @@ class Slot:
         leaves: Sequence[Any],
         spec: pytree.TreeSpec,
         samples: int | None,
+        choice: Choice | None,
     ):
         self.network, self._spec, self._samples = network, spec, samples
         self._constants = [None if isinstance(v, Tensor) else v for v in leaves]
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
         self.inputs = [leaves[i].detach().clone() for i in self._places]
+        self.choice = choice
         self.state: dict[Hashable, Any] = {}
-        self.histories: list[History] = []
-        self.programs: dict[Hashable, Program] = {}
+        if choice is not None:
+            self.state[id(network), PART] = choice
+        self.held: list[Held] = []
+        self.programs: dict[tuple[Hashable, Hashable, Hashable], Program] = {}
 
     def arguments(self, inputs: Sequence[Tensor]) -> Any:
         """``(args, kwargs)`` of a call with these tensors."""
@@ -129,6 +133,7 @@ class Slot:
         inner = Request(steps)
         inner.static, inner.step, inner.state = True, step, self.state
         inner.samples = self._samples
+        inner.prediction = None if self.choice is None else self.choice.seen
         inner.count(self.network, number)
         return inner
 
@@ -136,33 +141,39 @@ class Slot:
         """Run steps until caches have their memory, then forget what they hold."""
         step, most = 0, min(steps or _MOST, _MOST)
         args, kwargs = self.arguments(self.inputs)
-        while step < most and (not step or any(len(h.buffers) < h.length for h in self.histories)):
+        while step < most and (not step or not all(h.complete for h in self.held)):
             inner = self.request(number, step, steps)
             with torch.no_grad(), inner.active():
                 self.network(*args, **kwargs)
-            self.histories = list(_histories(self.state))
+            self.held = list(_held(self.state))
             step += 1
-        for history in self.histories:
-            while history.buffers and len(history.buffers) < history.length:
-                history.buffers.append(tuple(torch.zeros_like(v) for v in history.buffers[0]))
-        self.forget()
+        for held in self.held:
+            held.fill()
+            held.forget()
 
     @property
     def size(self) -> int:
         """Bytes of what caches keep."""
-        tensors = (t for h in self.histories for buffer in h.buffers for t in buffer)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(self.kept()))
+
+    @property
+    def versions(self) -> list[int]:
+        return [h.version for h in self.held]
 
     def forget(self) -> None:
         """A new run begins."""
-        for history in self.histories:
-            history.order, history.nodes = [], []
+        for held in self.held:
+            held.forget()
 
-    def skeleton(self) -> Skeleton:
-        return [(list(h.order), [list(n) for n in h.nodes]) for h in self.histories]
+    def look(self, step: int) -> list[Hashable]:
+        return [h.look(step) for h in self.held]
 
-    def kept(self) -> list[list[list[Tensor]]]:
-        return [[list(buffer) for buffer in h.buffers] for h in self.histories]
+    def kept(self) -> list[Any]:
+        return [h.tensors() for h in self.held]
+
+    def become(self, kept: Sequence[Any], look: Sequence[Any], step: int) -> None:
+        for held, tensors, values in zip(self.held, kept, look, strict=True):
+            held.become(tensors, values, step)
 
 
 class Programs(nn.Module):
@@ -191,11 +202,6 @@ class Programs(nn.Module):
                     f"Programs: cache is {policy!r}, which decides from features and waits for "
                     "them; need a schedule, such as fastdiff.calibrate.frozen makes of it"
                 )
-            if isinstance(policy, RegionAdaptive) and not policy.neutral:
-                raise ValueError(
-                    f"Programs: cache is {policy!r}, whose choice of tokens is not a buffer of a "
-                    "program; need a run without programs, or another policy"
-                )
             if isinstance(policy, EncoderPropagation) and policy.parallel > 1:
                 raise ValueError(
                     f"Programs: cache is {policy!r}, which decodes several steps at once; need "
@@ -203,6 +209,7 @@ class Programs(nn.Module):
                 )
         self.network, self._policies, self._make = network, list(policies), make
         self._slots: dict[Hashable, Slot] = {}
+        self._choices: dict[Hashable, Choice] = {}
         self._pool = Pool()
         self._last: weakref.ref[Request] | None = None
         self._over: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -232,23 +239,33 @@ class Programs(nn.Module):
         self._begin(request)
         with request.call(self.network) as place:
             number: int = place[1]
-            slot = self._slot(request, number, args, kwargs)
-            request.claim(("programs", number), slot.size)
-            request.state["programs", number] = slot.histories  # counted, and let go, with it
-            program = self._program(slot, number, request)
-            for buffer, value in zip(slot.inputs, _tensors((args, kwargs)), strict=True):
-                buffer.copy_(value)
-            program.at, program.before, program.ran = request.step, slot.skeleton(), None
-            assert program.runner is not None
-            out = program.runner.replay()
-            if program.ran is None:  # a graph: Python's part of the state moves on alone
-                for history, moves in zip(slot.histories, program.moved, strict=True):
-                    if moves:
-                        history.move_on(request.step, history.buffers[0][0].shape[0])
-            request.trace += [
-                e._replace(step=request.step, slot=request.slot) for e in program.events
-            ]
-            return out
+            key, slot = self._slot(request, number, args, kwargs)
+            try:
+                return self._run(slot, number, request, _tensors((args, kwargs)))
+            except BaseException:
+                del self._slots[key]  # some of what it holds is of this step, some of the last
+                raise
+
+    def _run(self, slot: Slot, number: int, request: Request, inputs: list[Tensor]) -> Any:
+        request.claim(("programs", number), slot.size)
+        request.state["programs", number] = slot.held  # counted, and let go, with it
+        for buffer, value in zip(slot.inputs, inputs, strict=True):
+            buffer.copy_(value)
+        choice = slot.choice
+        if choice is not None:
+            choice.seen = request.prediction
+            choice.fill()
+            request.syncs += choice.force(open_region(), slot.inputs[0].device)
+            request.state[id(self.network), PART] = choice
+        program = self._program(slot, number, request)
+        program.at, program.before = request.step, slot.look(request.step)
+        program.ran = None
+        assert program.runner is not None
+        out = program.runner.replay()
+        if program.ran is None:  # a graph: Python's part of the state moves on alone
+            slot.become(slot.kept(), program.after, request.step)
+        request.trace += [e._replace(step=request.step, slot=request.slot) for e in program.events]
+        return out
 
     def _begin(self, request: Request) -> None:
         last = self._last() if self._last is not None else None
@@ -265,7 +282,7 @@ class Programs(nn.Module):
         for slot in self._slots.values():
             slot.forget()
 
-    def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> Slot:
+    def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> tuple[Hashable, Slot]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         look = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in leaves]
         key = (number, str(spec), tuple(look), request.samples)
@@ -276,42 +293,54 @@ class Programs(nn.Module):
                     "Programs: GuidanceReuse compares the halves of a batch and waits for that, as "
                     "the run does not say what a batch holds; need GuidanceReuse(compare=False)"
                 )
-            slot = Slot(self.network, leaves, spec, request.samples)
+            choice, was = self._choice(request, leaves), None
+            if choice is not None:  # calls before this one of its step have chosen
+                was = pytree.tree_map(torch.clone, choice.tensors()), choice.look(request.step)
+            slot = Slot(self.network, leaves, spec, request.samples, choice)
             slot.prepare(number, request.steps)
+            if choice is not None and was is not None:
+                for name, value in was[0].items():
+                    choice.memory[name][: value.numel()] = value
+                choice.become({}, was[1], request.step)
             self._slots[key] = slot
-        return self._slots[key]
+        return key, self._slots[key]
+
+    def _choice(self, request: Request, leaves: Sequence[Any]) -> Choice | None:
+        """That of calls on states of one shape, whatever their rows and conditions are."""
+        if all(p.neutral for p in self._policies if isinstance(p, RegionAdaptive)):
+            return None
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        key = x.shape[1:], x.dtype, x.device, request.samples
+        return self._choices.setdefault(key, Choice())
 
     def _program(self, slot: Slot, number: int, request: Request) -> Program:
         """That of the current step's kind, made where it is new."""
-        step, before = request.step, slot.skeleton()
-        ages = tuple(
-            (tuple(order), tuple(tuple(step - s for s in n) for n in nodes))
-            for order, nodes in before
-        )
-        key = (_decisions(self._policies, step, request.steps), ages)
+        step, before = request.step, slot.look(request.step)
+        versions = slot.versions
+        key = (_decisions(self._policies, step, request.steps), tuple(before), tuple(versions))
         if key not in slot.programs:
             program = Program(slot, number, step, request.steps, before)
-            inputs = {"inputs": slot.inputs, "kept": slot.kept()}
+            kept = slot.kept()
+            inputs = {"inputs": slot.inputs, "kept": kept}
             program.runner = self._make(program.step, inputs, pool=self._pool, share=True)
             assert program.ran is not None
-            program.events = program.ran.trace
-            after = slot.skeleton()
-            program.moved = [a != b for a, b in zip(before, after, strict=True)]
-            for history, (order, nodes) in zip(slot.histories, before, strict=True):
-                history.order, history.nodes = order, nodes
-            slot.programs[key] = program
+            program.events, program.after = program.ran.trace, slot.look(step)
+            if slot.versions != versions:
+                raise RuntimeError("Programs: a step made memory of its own; need it before")
+            slot.become(kept, before, step)
+            current = {k: p for k, p in slot.programs.items() if k[2] == key[2]}
+            slot.programs = {**current, key: program}  # without those on memory of before
         return slot.programs[key]
 
     def check(self, steps: int = 3) -> list[Report]:
         """:func:`fastdiff.engine.check` of every program that there is; the state stays."""
         reports = []
         for slot in self._slots.values():
-            was, kept = slot.skeleton(), [h.buffers for h in slot.histories]
+            was, kept = slot.look(0), slot.kept()
             for program in slot.programs.values():
-                inputs = {"inputs": slot.inputs, "kept": slot.kept()}
+                inputs = {"inputs": slot.inputs, "kept": kept}
                 reports.append(check(program.step, inputs, steps))
-            for history, buffers, (order, nodes) in zip(slot.histories, kept, was, strict=True):
-                history.buffers, history.order, history.nodes = buffers, order, nodes
+            slot.become(kept, was, 0)
         return reports
 
 

@@ -10,8 +10,7 @@ host waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,55 +22,9 @@ from fastdiff import ops
 from fastdiff.engine.off import why_off
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import Event, Request, current
+from fastdiff.engine.token_state import PART, Choice, Kept, open_region
 from fastdiff.engine.view import BlockView
-from fastdiff.tokens.region import RegionAdaptive, forced_tokens, score
-
-PART = "tokens"
-
-
-class Region(NamedTuple):
-    """Pixels whose tokens are always computed: bool ``[S|1, H, W]`` or ``[S|1, F, H, W]``."""
-
-    mask: Tensor
-    halo: int
-
-
-_region: ContextVar[Region | None] = ContextVar("fastdiff_region", default=None)
-
-
-@contextmanager
-def region(mask: Tensor, halo: int = 1) -> Iterator[None]:
-    """Inside the block, sparse steps always compute the tokens that touch ``mask``.
-
-    Args:
-        mask: bool or numbers (above 0.5 is inside), ``[H, W]``, ``[S, H, W]`` or ``[S, 1, H, W]``
-            of any resolution with the picture's aspect; ``[S, F, H, W]`` of a video. S is the
-            samples of the run, or 1.
-        halo: tokens around those, in every direction, that are computed too.
-
-    Raises:
-        ValueError: ``mask`` has another shape, or ``halo`` is no integer of at least 0.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4) or 0 in mask.shape:
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"region: mask is {found}, need a tensor [H, W], [S, H, W] or [S, F, H, W]"
-        )
-    if isinstance(halo, bool) or not isinstance(halo, int) or halo < 0:
-        raise ValueError(f"region: halo is {halo!r}, need an integer of at least 0")
-    mask = mask if mask.dtype == torch.bool else mask > 0.5
-    mask = mask[None] if mask.dim() == 2 else mask
-    mask = mask[:, 0] if mask.dim() == 4 and mask.shape[1] == 1 else mask
-    token = _region.set(Region(mask, halo))
-    try:
-        yield
-    finally:
-        _region.reset(token)
-
-
-def open_region() -> Region | None:
-    """The region that calls in this context belong to."""
-    return _region.get()
+from fastdiff.tokens.region import RegionAdaptive, score
 
 
 class TokenView(NamedTuple):
@@ -94,123 +47,6 @@ class TokenView(NamedTuple):
     why_not: Callable[[], str]
 
 
-class _Kept:
-    """What a slot keeps: keys and values of every attention, and the output of every token."""
-
-    def __init__(self, fits: Hashable, batch: int) -> None:
-        self.fits, self.batch = fits, batch
-        self.keys: dict[Hashable, tuple[Tensor, Tensor]] = {}
-        self.output: Tensor | None = None
-
-
-class _Choice:
-    """The tokens of a run's samples: those of the step, and how long the others were left out.
-
-    Attributes:
-        step: the last one that was counted.
-        owed: a dense step at which a block cache left out all blocks is still to come.
-        index: ``[S, A]``, the choice of the last sparse step, None where it was all tokens.
-        fresh: bool ``[S, N]``, tokens that ran when their sample's blocks last ran; None: all.
-        drops: int32 ``[S, N]``, how often in a row each was left out.
-        since: int64 ``[S, N]``, steps since the prediction of each was made; None: 0 for all.
-        gaps: the same before the last step, plus 1; None: 1 for all.
-        noise: ``[S, N, P, C]``, what the step before the last used; for the metric "change".
-        change: float32 ``[S, N]``, by how much each token's noise changed a step when it last ran.
-        grid: tokens along each dimension of the picture.
-        forced: a region, its tokens ``[S|1, N]``, the most that a sample has of them.
-    """
-
-    def __init__(self) -> None:
-        self.step = self.chosen_at = -1
-        self.owed = False
-        self.index: Tensor | None = None
-        self.fresh: Tensor | None = None
-        self.drops: Tensor | None = None
-        self.since: Tensor | None = None
-        self.gaps: Tensor | None = None
-        self.noise: Tensor | None = None
-        self.change: Tensor | None = None
-        self.grid: Sequence[int] | None = None
-        self.forced: tuple[Region, Tensor, int] | None = None
-
-    @classmethod
-    def of(cls, request: Request, network: nn.Module) -> _Choice:
-        """That of the run."""
-        found: _Choice = request.state.setdefault((id(network), PART), cls())
-        return found
-
-    def run(self, ran: Tensor | None, rows: Tensor | None) -> None:
-        """Blocks run the tokens ``ran [S, N]`` (None: all) of the rows ``rows`` of a batch."""
-        if rows is None:
-            self.fresh = ran
-        elif self.drops is not None:
-            here = self._of_samples(rows)
-            ran = torch.ones_like(self.drops, dtype=torch.bool) if ran is None else ran
-            fresh = torch.ones_like(ran) if self.fresh is None else self.fresh
-            self.fresh = torch.where(here, ran, fresh)
-
-    def _of_samples(self, rows: Tensor) -> Tensor:
-        """bool ``[S, 1]``: samples of which a branch is among the rows of a batch."""
-        assert self.drops is not None
-        samples = self.drops.shape[0]
-        return self.drops.new_zeros(samples, dtype=torch.bool).index_fill(0, rows % samples, True)[
-            :, None
-        ]
-
-    def dropped(self, drops: Tensor, rows: Tensor | None) -> None:
-        """New counts, for the samples whose blocks run."""
-        if rows is None or self.drops is None:
-            self.drops = drops
-        else:
-            self.drops = torch.where(self._of_samples(rows), drops, self.drops)
-
-    def observe(self, noise: Tensor) -> None:
-        """At the start of a step, with the noise ``[S, N, P, C]`` that the last one used."""
-        if self.noise is not None and self.noise.shape == noise.shape:
-            delta = (noise.float() - self.noise.float()).abs().mean((2, 3))
-            if self.gaps is not None:
-                delta = delta / self.gaps
-            if self.change is not None and self.fresh is not None:
-                delta = torch.where(self.fresh, delta, self.change)
-            self.change = delta
-        self.noise = noise.clone()
-
-    def expected(self) -> Tensor:
-        """``[S, N]``: how much each token will have changed since it last ran."""
-        assert self.change is not None
-        return self.change if self.since is None else self.change * (self.since + 1)
-
-    def tick(self, step: int) -> None:
-        """At the end of the first call of a step."""
-        if self.step == step:
-            return
-        self.step = step
-        self.gaps = None if self.since is None else self.since + 1
-        if self.fresh is None:
-            self.since = None
-            return
-        gaps = self.gaps
-        if gaps is None or gaps.shape != self.fresh.shape:
-            gaps = self.gaps = torch.ones_like(self.fresh, dtype=torch.int64)
-        self.since = gaps.masked_fill(self.fresh, 0)
-
-
-def gaps_of(request: Request, network: nn.Module, x: Tensor) -> Tensor | None:
-    """How many steps ago the prediction of each element of the state ``x`` was made before that of
-    the step in work: int64 that broadcasts to ``x``; None: 1 for all, or not known."""
-    choice: _Choice | None = request.state.get((id(network), PART))
-    if choice is None or choice.gaps is None or choice.gaps.shape[0] != x.shape[0]:
-        return None
-    if x.dim() == 3:
-        return choice.gaps[:, :, None]
-    if choice.grid is None:
-        return None
-    gaps = choice.gaps.unflatten(1, tuple(choice.grid))[:, None]
-    for i, size in enumerate(x.shape[2:]):
-        gaps = gaps.repeat_interleave(size // gaps.shape[2 + i], 2 + i)
-    return gaps
-
-
 class TokenCall:
     """One call of a network within a run.
 
@@ -228,8 +64,8 @@ class TokenCall:
     def __init__(
         self,
         request: Request,
-        kept: _Kept,
-        choice: _Choice,
+        kept: Kept,
+        choice: Choice,
         choose: Callable[[Tensor | None], Tensor | None] | None,
         keeps: bool,
     ) -> None:
@@ -296,11 +132,13 @@ class TokenCall:
             self._kept.keys[owner] = kept
             held = sum(t.numel() * t.element_size() for p in self._kept.keys.values() for t in p)
             self._request.claim((self._request.slot, PART), held)
+            self._kept.version += 1
         for old, new in zip(kept, (k, v), strict=True):
             if self.rows is None:
                 old.copy_(new)
             else:
                 old.index_copy_(0, self.rows, new)
+        self._kept.full = True
 
     def output(self, out: Tensor) -> Tensor:
         """Outputs of all tokens ``[B, N, V]``, from those of this call's rows."""
@@ -308,7 +146,7 @@ class TokenCall:
         if kept is None or (self.index is None and kept.shape != out.shape):
             size = out.numel() * out.element_size()
             self._request.claim((self._request.slot, PART, "output"), size)
-            self._kept.output = out.clone()
+            self._kept.output = out
             return out
         if out.shape[1] != self.total:
             assert self.index is not None
@@ -355,7 +193,7 @@ def positions(length: int, before: int = 0, after: int = 0) -> Tensor | None:
     return places if places is None or call.rows is None else places[call.rows]
 
 
-def _noise(request: Request, kept: _Kept, view: TokenView, batch: int) -> Tensor:
+def _noise(request: Request, kept: Kept, view: TokenView, batch: int) -> Tensor:
     """``[S, N, P, C]``: the noise that the last step used; S is B where samples are not known."""
     seen = request.prediction
     if seen is not None:
@@ -372,46 +210,12 @@ def _noise(request: Request, kept: _Kept, view: TokenView, batch: int) -> Tensor
     return found.unflatten(0, (batch // samples, samples)).float().mean(0)
 
 
-def _forced(
-    request: Request, choice: _Choice, view: TokenView, noise: Tensor, args: Any, kwargs: Any
-) -> tuple[Tensor | None, int]:
-    """Tokens of the run's region ``[S|1, N]``, and the most that a sample has."""
-    found = _region.get()
-    if found is None:
-        return None, 0
-    if choice.forced is not None and choice.forced[0] is found:
-        return choice.forced[1], choice.forced[2]
-    samples, tokens = noise.shape[:2]
-    mask = found.mask.to(noise.device)
-    if mask.shape[0] not in (1, samples):
-        raise ValueError(f"region: mask is of {mask.shape[0]} samples, need {samples} or 1")
-    grid = view.grid(tokens, args, kwargs) or _aspect(tokens, mask.shape[1:])
-    if len(grid) != mask.dim() - 1:
-        mask = mask[:, None].expand(-1, grid[0], -1, -1) if len(grid) == 3 else mask.any(1)
-    forced = forced_tokens(mask, grid, found.halo)
-    request.syncs += 1
-    choice.forced = found, forced, int(forced.sum(1).max())
-    return choice.forced[1:]
-
-
-def _aspect(tokens: int, shape: Sequence[int]) -> tuple[int, int]:
-    """The grid of so many tokens with the aspect of a mask ``(H, W)``."""
-    height, width = shape[-2:]
-    rows = round((tokens * height / width) ** 0.5)
-    if not rows or tokens % rows or rows * width != tokens // rows * height:
-        raise ValueError(
-            f"region: mask is {height} x {width}, of which {tokens} tokens are no grid; need the "
-            "aspect of the picture"
-        )
-    return rows, tokens // rows
-
-
 def _choose(
     request: Request,
-    choice: _Choice,
+    choice: Choice,
     policy: RegionAdaptive,
     view: TokenView,
-    kept: _Kept,
+    kept: Kept,
     args: Any,
     kwargs: Any,
     rows: Tensor | None,
@@ -421,10 +225,13 @@ def _choose(
     if choice.chosen_at != request.step:
         noise = _noise(request, kept, view, kept.batch)
         tokens = noise.shape[1]
+        if choice.size != (noise.shape[0], tokens):
+            choice.size, choice.region = (noise.shape[0], tokens), None
         choice.grid = view.grid(tokens, args, kwargs)
-        forced, least = _forced(request, choice, view, noise, args, kwargs)
+        if not request.static:  # a program's region was taken over before
+            request.syncs += choice.force(open_region(), noise.device)
         low, high = policy.left_out(request.step, request.steps, tokens)
-        count = max(tokens - low - high, least)
+        count = max(tokens - low - high, choice.least)
         if choice.drops is not None and choice.drops.shape != noise.shape[:2]:
             choice.drops = choice.fresh = choice.since = None
         # index and two counts of 8 bytes, drops and change of 4, fresh of 1, forced ones of 1
@@ -441,7 +248,7 @@ def _choose(
             )
             choice.index, drops = ops.select_tokens(
                 rank, count, choice.drops, starvation=policy.starvation,
-                high=high / max(1, low + high), most=policy.most, forced=forced,
+                high=high / max(1, low + high), most=policy.most, forced=choice.forced,
                 compatible=policy.compatible,
             )  # fmt: skip
             choice.dropped(drops, rows)
@@ -492,12 +299,12 @@ def drive(
             request.state.pop(key, None)
             note(True, f"off: {off}")
             return plain(*args, **kwargs)
-        kept: _Kept | None = request.state.get(key)
-        if kept is None or kept.fits != fits:
-            kept = request.state[key] = _Kept(fits, batch)
-        choice = _Choice.of(request, network)
+        kept: Kept | None = request.state.get(key)
+        if kept is None or (kept.fits != fits and not request.static):
+            kept = request.state[key] = Kept(fits, batch)
+        choice = Choice.of(request, network)
         dense = policy.full(step, request.steps) or choice.owed
-        sparse = not dense and kept.output is not None and bool(kept.keys)
+        sparse = not dense and kept.output is not None and kept.full
         if (
             policy.metric == "change"
             and choice.step < step

@@ -21,6 +21,7 @@ from fastdiff.engine._watch import Log
 from fastdiff.engine.capture_check import _run
 from fastdiff.engine.programs import Programs
 from fastdiff.testing import draw_weights
+from fastdiff.tokens import RegionAdaptive
 
 
 def dit():
@@ -86,6 +87,16 @@ GUIDED = [
     (dit, [Forecast(3, order=1), GuidanceReuse(3, alpha_low=0, alpha_high=0)]),
 ]
 CASES += GUIDED
+TOKENS = [
+    (dit, [RegionAdaptive(0.5, 3, (7,))]),
+    (dit, [RegionAdaptive(0.25, 2, (), metric="std", high=0.3, own_times=True)]),
+    (dit, [RegionAdaptive(0.25, 2, 6, metric="norm", most=3, end=10)]),
+    (dit, [RegionAdaptive(0.5, 2, (8,), end_ratio=0.2)]),
+    (dit, [RegionAdaptive(0.5, 2, (6,)), Forecast(3, order=1)]),
+    (dit, [RegionAdaptive(0.5, 2, (6,)), GuidanceReuse(3)]),
+    (dit, [RegionAdaptive(0.5, 2, (6,)), Broadcast(2, 3, 2, start=0.2, order=1)]),
+]
+CASES += TOKENS
 every = pytest.mark.parametrize(
     "make, policies", CASES, ids=lambda v: getattr(v, "__name__", str(v))
 )
@@ -99,10 +110,10 @@ def test_programs_give_the_bits_of_the_network_and_of_each_other(make, policies)
         programs = fastdiff.programs(model) if kind is None else Programs(model, policies, kind)
         for seed in (0, 1, 0):
             assert torch.equal(draw(programs, seed=seed), want[seed])
-        assert 1 <= programs.kinds <= 12
+        assert 1 <= programs.kinds <= 12 and torch.equal(draw(model), want[0])
 
 
-@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:]], ids=str)
+@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:19], *TOKENS], ids=str)
 def test_every_program_can_be_captured(make, policies):
     model = fastdiff.accelerate(make(), cache=policies)
     programs = fastdiff.programs(model)

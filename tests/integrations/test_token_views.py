@@ -11,7 +11,7 @@ from fastdiff import cache, models
 from fastdiff.accelerate import acceleration_of
 from fastdiff.engine import check
 from fastdiff.engine.request import Request
-from fastdiff.engine.reuse_tokens import PART
+from fastdiff.engine.token_state import PART
 from fastdiff.testing import draw_weights, load_file
 from fastdiff.tokens import RegionAdaptive
 

@@ -6,7 +6,7 @@ import torch
 
 import fastdiff
 from fastdiff import models
-from fastdiff.engine.reuse_tokens import PART, gaps_of
+from fastdiff.engine.token_state import PART, gaps_of
 from fastdiff.samplers import SAMPLERS
 from fastdiff.samplers.schedule import VP, Flow
 from fastdiff.testing import draw_weights

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.engine.reuse_tokens import PART
+from fastdiff.engine.token_state import PART
 from fastdiff.tokens import RegionAdaptive
 
 _spec = importlib.util.spec_from_file_location(

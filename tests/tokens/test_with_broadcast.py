@@ -14,7 +14,8 @@ from fastdiff.engine import reuse_tokens
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.request import Request
 from fastdiff.engine.reuse_modules import Part, modules
-from fastdiff.engine.reuse_tokens import TokenCall, _Choice, _Kept
+from fastdiff.engine.reuse_tokens import TokenCall
+from fastdiff.engine.token_state import Choice, Kept
 from fastdiff.testing import draw_weights, load_file
 from fastdiff.tokens import RegionAdaptive
 
@@ -58,7 +59,7 @@ def test_kept_outputs_are_of_the_step_at_which_each_token_ran(monkeypatch):
     xs, request, outs = [torch.randn(2, 8, 4) for _ in range(3)], Request(3, 1), []
     chosen = [None, torch.tensor([[1, 3, 5], [0, 1, 2]]), torch.tensor([[0, 3], [1, 5]])]
     for x, index in zip(xs, chosen, strict=True):
-        call = TokenCall(request, _Kept(None, 2), _Choice(), None, True)
+        call = TokenCall(request, Kept(None, 2), Choice(), None, True)
         call.index, call.total = index, 6
         if index is not None:
             x = x.gather(1, _rows(index))
