@@ -12,10 +12,15 @@ from torch.utils import _pytree as pytree
 Inputs = dict[str, Any] | tuple[Any, ...]
 
 
-def _flatten(name: str, value: Any) -> tuple[list[str], list[Any], pytree.TreeSpec]:
-    """Names, leaves and structure of a tree of tensors: ``inputs['cache']['k']``, ..."""
-    pairs, spec = pytree.tree_flatten_with_path(value)
-    return [name + pytree.keystr(path) for path, _ in pairs], [leaf for _, leaf in pairs], spec
+def flatten(name: str, value: Any) -> tuple[list[str], list[Any], pytree.TreeSpec]:
+    """Names, leaves and structure of a tree of tensors: ``inputs['cache']['k']``, ..., or a number
+    where a class (diffusers' outputs) does not name its parts."""
+    leaves, spec = pytree.tree_flatten(value)
+    try:
+        names = [name + pytree.keystr(p) for p, _ in pytree.tree_flatten_with_path(value)[0]]
+    except ValueError:
+        names = [f"{name}[{i}]" for i in range(len(leaves))]
+    return names, leaves, spec
 
 
 def _check_leaf(who: str, name: str, leaf: Any) -> None:
@@ -48,7 +53,7 @@ class Buffers:
     def __init__(self, who: str, inputs: Inputs, *, share: bool = False):
         if not isinstance(inputs, dict | tuple):
             raise ValueError(f"{who}: inputs is {type(inputs).__name__}, need a dict or a tuple")
-        self.names, leaves, self.spec = _flatten("inputs", inputs)
+        self.names, leaves, self.spec = flatten("inputs", inputs)
         self.leaves: list[Tensor | None] = []
         for name, leaf in zip(self.names, leaves, strict=True):
             _check_leaf(who, name, leaf)
@@ -90,7 +95,7 @@ class Buffers:
 
     def moved(self, tree: Any) -> str | None:
         """What a step that was given ``tree`` did to a buffer's address, or None."""
-        names, leaves, _ = _flatten("inputs", tree)
+        names, leaves, _ = flatten("inputs", tree)
         for name, leaf in zip(names, leaves, strict=True):
             if not any(leaf is own for own in self.leaves):
                 return f"put another tensor in the place of {name}"
@@ -128,7 +133,7 @@ class Buffers:
                 raise ValueError(
                     f"{who}: {len(args)} positional values, need names: inputs is a dict"
                 )
-            given = [(f"inputs[{k!r}]", tree.get(k, _flatten), v) for k, v in kwargs.items()]
+            given = [(f"inputs[{k!r}]", tree.get(k, flatten), v) for k, v in kwargs.items()]
         else:
             if kwargs:
                 raise ValueError(
@@ -139,7 +144,7 @@ class Buffers:
             given = [(f"inputs[{i}]", tree[i], v) for i, v in enumerate(args)]
         copies: list[tuple[Tensor, Tensor]] = []
         for name, child, value in given:
-            if child is _flatten:
+            if child is flatten:
                 raise ValueError(f"{who}: {name} is unknown, need one of {', '.join(tree)}")
             copies += _pairs(who, name, child, value)
         storages = {t.untyped_storage().data_ptr() for t in self.tensors}
@@ -157,8 +162,8 @@ def _place(t: Tensor) -> tuple[Any, ...]:
 
 def _pairs(who: str, name: str, child: Any, value: Any) -> list[tuple[Tensor, Tensor]]:
     """(buffer, new value) of one input; checks that they fit."""
-    names, buffers, spec = _flatten(name, child)
-    _, values, found = _flatten(name, value)
+    names, buffers, spec = flatten(name, child)
+    _, values, found = flatten(name, value)
     if found != spec:
         raise ValueError(
             f"{who}: {name} is {type(value).__name__} of {len(values)} leaves, need the structure "

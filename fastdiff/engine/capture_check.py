@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastdiff.dispatch import use
-from fastdiff.engine._buffers import Buffers, Inputs
+from fastdiff.engine._buffers import Buffers, Inputs, flatten
 from fastdiff.engine._tape import Entry, Made, Tape
 from fastdiff.engine._watch import Calls, Hosts, Log, Ops, Step, Violation
 
@@ -100,12 +99,12 @@ def _run(
     if moved is not None:
         log.add("address", "the step", moved, log.definition())
     outputs: list[Tensor | None] = []
-    for path, leaf in pytree.tree_flatten_with_path(out)[0]:
+    for name, leaf in zip(*flatten("output", out)[:2], strict=True):
         if leaf is not None and not isinstance(leaf, Tensor):
             what = f"is {type(leaf).__name__} {leaf!r}, which a capture freezes"
-            log.add("output", f"output{pytree.keystr(path)}", what, log.definition())
+            log.add("output", name, what, log.definition())
         elif leaf is not None and leaf in hosts and device is not None:
-            log.add("output", f"output{pytree.keystr(path)}", "is on the host", log.definition())
+            log.add("output", name, "is on the host", log.definition())
         outputs.append(leaf if isinstance(leaf, Tensor) else None)
     tape.finish(outputs, earlier)
     return tape, [None if t is None else t.clone() for t in outputs]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.engine._buffers import Buffers, Inputs
+from fastdiff.engine._buffers import Buffers, Inputs, flatten
 
 Step = Callable[..., Any]
 
@@ -87,14 +87,14 @@ class Runner:
 
 
 def _check_outputs(who: str, out: Any) -> tuple[list[Tensor | None], pytree.TreeSpec]:
-    pairs, spec = pytree.tree_flatten_with_path(out)
-    for path, leaf in pairs:
+    names, leaves, spec = flatten("output", out)
+    for name, leaf in zip(names, leaves, strict=True):
         if leaf is not None and not isinstance(leaf, Tensor):
             raise ValueError(
-                f"{who}: output{pytree.keystr(path)} is {type(leaf).__name__} {leaf!r}, need a "
+                f"{who}: {name} is {type(leaf).__name__} {leaf!r}, need a "
                 "torch.Tensor: a capture freezes any other value"
             )
-    return [leaf for _, leaf in pairs], spec
+    return leaves, spec
 
 
 def _poison(t: Tensor) -> None:

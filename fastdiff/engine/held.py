@@ -64,7 +64,7 @@ class Cell:
         if value is None:
             cells.shapes.pop(self._name, None)
             return
-        cells.reserve(self._name, value.numel(), value)
+        cells.reserve(self._name, value.numel(), value.dtype, value.device)
         cells.shapes[self._name] = tuple(value.shape)
         cells.memory[self._name][: value.numel()].view(value.shape).copy_(value)
 
@@ -81,16 +81,12 @@ class Cells(Held):
         self.memory: dict[str, Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def reserve(
-        self, name: str, count: int, like: Tensor, dtype: torch.dtype | None = None
-    ) -> None:
-        """Memory for ``count`` elements under ``name``, on the device and of the dtype of ``like``
-        where ``dtype`` does not say otherwise; what is large enough stays."""
-        dtype = dtype or like.dtype
+    def reserve(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Memory for ``count`` elements under ``name``; what is there and large enough stays."""
         there = self.memory.get(name)
-        fits = there is not None and there.dtype == dtype and there.device == like.device
+        fits = there is not None and there.dtype == dtype and there.device == device
         if there is None or not fits or there.numel() < count:
-            self.memory[name] = torch.zeros(count, dtype=dtype, device=like.device)
+            self.memory[name] = torch.zeros(count, dtype=dtype, device=device)
             self.version += 1
 
     def tensors(self) -> Any:

@@ -161,9 +161,10 @@ class Slot:
         return [h.version for h in self.held]
 
     def forget(self) -> None:
-        """A new run begins."""
+        """What the calls before this one have kept is of no use. (A choice is the run's own.)"""
         for held in self.held:
-            held.forget()
+            if held is not self.choice:
+                held.forget()
 
     def look(self, step: int) -> list[Hashable]:
         return [h.look(step) for h in self.held]
@@ -210,6 +211,7 @@ class Programs(nn.Module):
         self.network, self._policies, self._make = network, list(policies), make
         self._slots: dict[Hashable, Slot] = {}
         self._choices: dict[Hashable, Choice] = {}
+        self._shapes: dict[int, Hashable] = {}  # of the run's last call with each number
         self._pool = Pool()
         self._last: weakref.ref[Request] | None = None
         self._over: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -240,6 +242,9 @@ class Programs(nn.Module):
         with request.call(self.network) as place:
             number: int = place[1]
             key, slot = self._slot(request, number, args, kwargs)
+            if self._shapes.get(number, key) != key:  # as guidance begins or ends within the run
+                slot.forget()
+            self._shapes[number] = key
             try:
                 return self._run(slot, number, request, _tensors((args, kwargs)))
             except BaseException:
@@ -255,7 +260,7 @@ class Programs(nn.Module):
         if choice is not None:
             choice.seen = request.prediction
             choice.fill()
-            request.syncs += choice.force(open_region(), slot.inputs[0].device)
+            request.syncs += choice.force(open_region())
             request.state[id(self.network), PART] = choice
         program = self._program(slot, number, request)
         program.at, program.before = request.step, slot.look(request.step)
@@ -279,8 +284,9 @@ class Programs(nn.Module):
         if last is not None:
             self._over.add(last)
         self._last = weakref.ref(request)
-        for slot in self._slots.values():
-            slot.forget()
+        self._shapes = {}
+        for kept in (*self._slots.values(), *self._choices.values()):
+            kept.forget()
 
     def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> tuple[Hashable, Slot]:
         leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -225,20 +225,21 @@ def _choose(
     if choice.chosen_at != request.step:
         noise = _noise(request, kept, view, kept.batch)
         tokens = noise.shape[1]
-        if choice.size != (noise.shape[0], tokens):
-            choice.size, choice.region = (noise.shape[0], tokens), None
+        size = noise.shape[0], tokens, noise.device
+        if choice.size != size and not (request.static and choice.size):
+            choice.size, choice.region = size, None
         choice.grid = view.grid(tokens, args, kwargs)
         if not request.static:  # a program's region was taken over before
-            request.syncs += choice.force(open_region(), noise.device)
+            request.syncs += choice.force(open_region())
         low, high = policy.left_out(request.step, request.steps, tokens)
         count = max(tokens - low - high, choice.least)
         if choice.drops is not None and choice.drops.shape != noise.shape[:2]:
             choice.drops = choice.fresh = choice.since = None
         # index and two counts of 8 bytes, drops and change of 4, fresh of 1, forced ones of 1
-        size = noise.shape[0] * tokens * 34
+        held = noise.shape[0] * tokens * 34
         if choice.noise is not None:
-            size += choice.noise.numel() * choice.noise.element_size()
-        request.claim((slot[0], PART), size)
+            held += choice.noise.numel() * choice.noise.element_size()
+        request.claim((slot[0], PART), held)
         choice.chosen_at, choice.index, ran = request.step, None, None
         if count < tokens:
             rank = (

@@ -122,6 +122,7 @@ class Choice(Cells):
         region: of the run.
         forced: bool ``[S|1, N]``, its tokens.
         least: the most that a sample has of them.
+        size: S, N, and the device.
         seen: the run's prediction, where programs work on a copy of it.
     """
 
@@ -135,7 +136,7 @@ class Choice(Cells):
         self.grid: Sequence[int] | None = None
         self.region: Region | None = None
         self.least = 0
-        self.size: tuple[int, int] | None = None
+        self.size: tuple[int, int, torch.device] | None = None
 
     @classmethod
     def of(cls, request: Request, network: nn.Module) -> Choice:
@@ -203,12 +204,12 @@ class Choice(Cells):
     def complete(self) -> bool:
         return self.size is not None
 
-    def force(self, region: Region | None, device: torch.device) -> int:
+    def force(self, region: Region | None) -> int:
         """Take over the run's region, in the choice's size; how often the host waited for that."""
         if region is None or self.size is None:
             self.region, self.forced, self.least = None, None, 0
         elif region is not self.region:
-            samples, tokens = self.size
+            samples, tokens, device = self.size
             mask = region.mask.to(device)
             if mask.shape[0] not in (1, samples):
                 raise ValueError(f"region: mask is of {mask.shape[0]} samples, need {samples} or 1")
@@ -223,11 +224,11 @@ class Choice(Cells):
     def fill(self) -> None:
         if self.size is None:
             return
-        count, like = self.size[0] * self.size[1], next(iter(self.memory.values()))
+        samples, tokens, device = self.size
         for name, dtype in _PER_TOKEN.items():
-            self.reserve(name, count, like, dtype)
+            self.reserve(name, samples * tokens, dtype, device)
         if self.seen is not None:
-            self.reserve("noise", self.seen.numel(), like, torch.float32)
+            self.reserve("noise", self.seen.numel(), torch.float32, device)
 
     def look(self, step: int) -> Hashable:
         """``index`` counts within its step alone."""

@@ -113,7 +113,9 @@ def test_programs_give_the_bits_of_the_network_and_of_each_other(make, policies)
         assert 1 <= programs.kinds <= 12 and torch.equal(draw(model), want[0])
 
 
-@pytest.mark.parametrize("make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:19], *TOKENS], ids=str)
+@pytest.mark.parametrize(
+    "make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:19], *TOKENS], ids=str
+)
 def test_every_program_can_be_captured(make, policies):
     model = fastdiff.accelerate(make(), cache=policies)
     programs = fastdiff.programs(model)

@@ -30,6 +30,7 @@ RUNS = st.fixed_dictionaries(
         "interval": st.booleans(),
         "masked": st.booleans(),
         "cached": st.sampled_from(["", "schedule", "guidance"]),
+        "programs": st.booleans(),
     }
 )
 POLICIES = st.builds(
@@ -39,7 +40,7 @@ POLICIES = st.builds(
     resets=st.lists(st.integers(0, 14), max_size=3),
     end=st.one_of(st.none(), st.integers(1, 14)),
     end_ratio=st.one_of(st.none(), st.floats(0, 1)),
-    metric=st.sampled_from(["std", "norm"]),
+    metric=st.sampled_from(["std", "norm", "change"]),
     high=st.floats(0, 1),
     starvation=st.sampled_from([0.0, 0.1, 2.0, 100.0]),
     own_times=st.booleans(),
@@ -68,11 +69,18 @@ def go(model, run, policy, seed):
         policies.append(fastdiff.cache.Forecast(2, order=1))
     if run["cached"] == "guidance":
         policies.append(fastdiff.cache.GuidanceReuse(2))
-    return fastdiff.sample(
-        model, shape, cache=policies, sampler=run["sampler"], steps=run["steps"], seed=seed,
+    how = dict(
+        sampler=run["sampler"], steps=run["steps"], seed=seed,
         classes=torch.arange(run["batch"]), guidance=run["guidance"],
         guidance_interval=(200.0, 800.0) if run["interval"] else None, **more,
     )  # fmt: skip
+    out = fastdiff.sample(model, shape, cache=policies, **how)
+    if run["programs"]:
+        with fastdiff.accelerated(model, cache=policies, exact=False):
+            programs = fastdiff.programs(model)
+            for _ in range(2):
+                assert torch.equal(fastdiff.sample(programs, shape, **how), out)
+    return out
 
 
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
