@@ -127,8 +127,8 @@ class TokenCall:
     def _keep(self, owner: Hashable, k: Tensor, v: Tensor) -> None:
         kept = self._kept.keys.get(owner)
         if kept is None:
-            shape = self._kept.batch, k.shape[2], k.shape[1], k.shape[3]
-            kept = k.new_zeros(shape).transpose(1, 2), v.new_zeros(shape).transpose(1, 2)
+            shape = self._kept.batch, *k.shape[1:]
+            kept = k.new_zeros(shape), v.new_zeros(shape)
             self._kept.keys[owner] = kept
             held = sum(t.numel() * t.element_size() for p in self._kept.keys.values() for t in p)
             self._request.claim((self._request.slot, PART), held)

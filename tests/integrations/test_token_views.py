@@ -369,7 +369,8 @@ def test_a_processor_set_later_turns_it_off():
 
 @torch.no_grad()
 def test_a_sparse_step_waits_for_nothing():
-    """Of what a captured step must not do it does one thing: its state is Python's, no buffer."""
+    """Of what a captured step must not do it does one thing: its state is Python's, no buffer.
+    Programs make buffers of it (tests/tokens/test_programs.py)."""
     model = own()
     fastdiff.accelerate(model, cache=RegionAdaptive(0.3, start=1, resets=()))
     run = Request(10**6, 1)
@@ -385,10 +386,8 @@ def test_a_sparse_step_waits_for_nothing():
     for _ in range(2):
         step(**given)
     found = [v.sentence for v in check(step, given, 3).violations]
-    assert found  # so it is not captured yet: fastdiff.programs refuses it
+    assert found
     assert all("what lives across steps" in s or "make that tensor an input" in s for s in found)
-    with pytest.raises(ValueError, match="whose choice of tokens is not a buffer of a program"):
-        fastdiff.programs(model)
 
 
 @torch.no_grad()
