@@ -39,8 +39,24 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "geglu": lambda new: (new(2, 256, 2560), new(2560)),
     "gelu_tanh": lambda new: (new(2, 256, 1536), new(1536)),
     "group_norm_silu": lambda new: (new(2, 320, 32, 32), 32, new(320), new(320)),
+    "grouped_linear": lambda new: (
+        new(512, 384),
+        new(8, 1536, 384),
+        new(9, dtype=torch.int64),
+    ),
+    "grouped_weight_grad": lambda new: (
+        new(512, 1536),
+        new(512, 384),
+        new(9, dtype=torch.int64),
+    ),
     "layer_norm_modulate": lambda new: (new(2, 256, 384), new(2, 384), new(2, 384)),
     "linear": lambda new: (new(8, 384), new(1152, 384), new(1152)),
+    "moe_combine": lambda new: (
+        new(512, 384),
+        new(256, 2, dtype=torch.float32),
+        new(256, 2, dtype=torch.int64),
+    ),
+    "moe_route": lambda new: (new(256, 8), 2),
     "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
     "scatter_tokens": lambda new: (

@@ -285,8 +285,10 @@ class Programs(nn.Module):
             self._over.add(last)
         self._last = weakref.ref(request)
         self._shapes = {}
-        for kept in (*self._slots.values(), *self._choices.values()):
-            kept.forget()
+        for slot in self._slots.values():
+            slot.forget()
+        for choice in self._choices.values():
+            choice.forget()
 
     def _slot(self, request: Request, number: int, args: Any, kwargs: Any) -> tuple[Hashable, Slot]:
         leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -6,12 +6,14 @@ from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.grouped_linear import grouped_linear, grouped_weight_grad
 from fastdiff.ops.layer_norm_modulate import (
     gate_residual,
     gate_residual_norm_modulate,
     layer_norm_modulate,
 )
 from fastdiff.ops.linear import linear
+from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
@@ -19,6 +21,7 @@ from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 __all__ = [
     "GroupBias",
     "Noise",
+    "Routing",
     "attention",
     "axial_rope",
     "conv3x3",
@@ -30,11 +33,17 @@ __all__ = [
     "gelu_tanh",
     "group_norm_silu",
     "layer_norm_modulate",
+    "grouped_linear",
+    "grouped_weight_grad",
     "linear",
+    "load_balance_loss",
+    "moe_combine",
+    "moe_route",
     "philox_normal",
     "qk_norm_rope",
     "rope_table",
     "scatter_tokens",
     "select_tokens",
     "update_tokens_",
+    "z_loss",
 ]

@@ -1,0 +1,109 @@
+"""A feed-forward layer of experts: route, grouped products, combine. The host waits for nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import ops
+from fastdiff.ops.grouped_linear import ACTIVATIONS, GATED
+
+
+class MoE(nn.Module):
+    """``sum_j g_j down_(e_j)(act(up_(e_j) x)) (+ shared(x))`` with the k experts of each token.
+
+    Args:
+        width: C.
+        hidden: F of an expert.
+        experts: E; k: of each token.
+        activation: of ``ops.grouped_linear``; gated ones take ``[2F, C]`` weights.
+        gate, renormalise, capacity: as in ``ops.moe_route``.
+        bias: experts have biases: True, False, or "up" for the first layer alone.
+        router: a linear gate over tokens is part of the layer; False: logits come with the call.
+        shared: a module that every token goes through too.
+
+    Attributes:
+        up, down: the experts' weights, ``[E, F or 2F, C]`` and ``[E, C, F]``.
+        router: float ``[E, C]``, or None.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        k: int,
+        *,
+        activation: str = "swiglu",
+        gate: str = "softmax",
+        renormalise: bool = False,
+        capacity: int | None = None,
+        bias: bool | str = False,
+        router: bool = True,
+        shared: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("width", width), ("hidden", hidden), ("experts", experts), ("k", k)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"MoE: {name} is {value!r}, need an integer of at least 1")
+        if k > experts:
+            raise ValueError(f"MoE: k is {k}, need at most {experts}, the experts")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"MoE: activation is {activation!r}, need one of {ACTIVATIONS}")
+        self.k, self.activation, self.gate = k, activation, gate
+        self.renormalise, self.capacity = renormalise, capacity
+        rows = 2 * hidden if activation in GATED else hidden
+        self.up = nn.Parameter(torch.empty(experts, rows, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up_bias = nn.Parameter(torch.zeros(experts, rows)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(experts, width)) if bias is True else None
+        self.router = nn.Parameter(torch.empty(experts, width)) if router else None
+        self.shared = shared
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear`` draws them, for each expert."""
+        for weight in (self.up, self.down, self.router):
+            if weight is not None:
+                nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def route(
+        self, x: Tensor, logits: Tensor | None = None, sample_logits: Tensor | None = None
+    ) -> ops.Routing:
+        """The experts of every token ``[T, C]``; ``logits [T, E]`` where there is no router."""
+        if logits is None:
+            if self.router is None:
+                raise ValueError(
+                    "MoE: logits is None and the layer has no router, need one of them"
+                )
+            logits = nn.functional.linear(x.float(), self.router.float())
+        return ops.moe_route(
+            logits, self.k, sample_logits=sample_logits, gate=self.gate,
+            renormalise=self.renormalise, capacity=self.capacity,
+        )  # fmt: skip
+
+    def experts_of(self, x: Tensor, routing: ops.Routing) -> Tensor:
+        """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``."""
+        h = ops.grouped_linear(
+            x, self.up, routing.offsets, bias=self.up_bias, index=routing.tokens,
+            activation=self.activation,
+        )  # fmt: skip
+        y = ops.grouped_linear(h, self.down, routing.offsets, bias=self.down_bias)
+        return ops.moe_combine(y, routing.weights, routing.position)
+
+    def forward(
+        self, x: Tensor, logits: Tensor | None = None, sample_logits: Tensor | None = None
+    ) -> Tensor:
+        """Args:
+        x: ``[..., C]``.
+        logits: ``[..., E]`` of the tokens, without a router.
+        sample_logits: ``[B, E]``, added for the tokens of each sample.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        if logits is not None:
+            logits = logits.reshape(-1, logits.shape[-1])
+        out = self.experts_of(tokens, self.route(tokens, logits, sample_logits)).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)
