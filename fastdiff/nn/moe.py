@@ -79,7 +79,8 @@ class MoE(nn.Module):
                 raise ValueError(
                     "MoE: logits is None and the layer has no router, need one of them"
                 )
-            logits = nn.functional.linear(x.float(), self.router.float())
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = nn.functional.linear(x.to(wide), self.router.to(wide))
         return ops.moe_route(
             logits, self.k, sample_logits=sample_logits, gate=self.gate,
             renormalise=self.renormalise, capacity=self.capacity,
