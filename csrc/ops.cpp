@@ -54,6 +54,19 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
+  // logits [T,E]; sample [B,E] -> weights, experts [T,k], order [T k], position [T,k], offsets
+  // [E+1], counts [E]
+  m.def(
+      "moe_route(Tensor logits, Tensor? sample, int k, bool sigmoid, bool renormalise, int "
+      "capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // y [R,C]; weights, position [T,k] -> [T,C]
+  m.def("moe_combine(Tensor y, Tensor weights, Tensor position) -> Tensor");
+  // x [T,K]; weight [E,N,K]; offsets [E+1]; bias [E,N]; index [R] -> [R,N], [R,N/2] with a gate
+  m.def(
+      "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, Tensor? index, str? "
+      "activation) -> Tensor");
+  // grad [R,N]; x [T,K] -> [E,N,K]
+  m.def("grouped_weight_grad(Tensor grad, Tensor x, Tensor offsets, Tensor? index) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "
