@@ -18,7 +18,7 @@ FLOORS = (
     ("_native", "dispatch"),
     ("ops",),
     ("nn", "models"),
-    ("samplers", "guidance", "cache", "tokens", "adapters", "data", "quality", "train"),
+    ("samplers", "guidance", "cache", "tokens", "experts", "adapters", "data", "quality", "train"),
     ("engine",),
     ("integrations",),
     (

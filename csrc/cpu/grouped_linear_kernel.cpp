@@ -20,7 +20,7 @@ constexpr int kWide = 2 * W;             // columns of a panel
 constexpr int kRows = W == 16 ? 14 : 6;  // rows of a tile
 constexpr int kDeep = 1536;              // of k at a time: a tile stays near
 constexpr int kStride = kDeep + 16;      // no power of two: rows would share cache sets
-constexpr int64_t kPanelBytes = W == 16 ? 512 << 10 : 192 << 10;  // of the panels of a task
+constexpr int64_t kPanelBytes = W == 16 ? 400 << 10 : 96 << 10;  // of the panels of a task
 constexpr int kMostPanels = 16;
 
 #ifdef __AVX512BF16__
@@ -145,7 +145,15 @@ FD_INLINE void transpose(Vec (&r)[W]) {
 }
 #endif
 
-// W lanes from p on: elements as floats, or, of Pairs, 2 W elements as they are; `count` elements.
+// W lanes from p on: elements as floats, or, of Pairs, 2 W elements as they are.
+template <class Kind, class T>
+FD_INLINE Vec lanes(const T* p) {
+  if constexpr (std::is_same_v<Kind, Pairs>)
+    return Vec::load(reinterpret_cast<const float*>(p));
+  else
+    return Vec::load(p);
+}
+// Of which `count` elements are there.
 template <class Kind, class T>
 FD_INLINE Vec lanes(const T* p, int64_t count) {
 #ifdef __AVX512BF16__
@@ -158,21 +166,28 @@ FD_INLINE Vec lanes(const T* p, int64_t count) {
 }
 
 // Columns n to n + count (at most W) of a panel whose weights lie along k.
-template <class Kind, class T>
+template <class Kind, bool kFull, class T>
 void pack_rows(const T* w, int64_t stride, int count, int64_t K, float* to) {
   constexpr int each = std::is_same_v<Kind, Pairs> ? 2 : 1;
-  for (int64_t k = 0; k < K; k += each * W) {
-    Vec r[W];
+  int64_t k = 0;
+  if constexpr (kFull) {
+    for (; k + each * W <= K; k += each * W) {
+      Vec r[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i < count) {
+      for (int i = 0; i < W; ++i) {
         const T* p = w + i * stride + k;
-        _mm_prefetch(reinterpret_cast<const char*>(p) + 1024, _MM_HINT_T0);
-        r[i] = lanes<Kind>(p, K - k);
-      } else {
-        r[i] = Vec(0.0f);
+        _mm_prefetch(reinterpret_cast<const char*>(p) + 512, _MM_HINT_T0);
+        r[i] = lanes<Kind>(p);
       }
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i].store(to + (k / each + i) * kWide);
     }
+  }
+  for (; k < K; k += each * W) {
+    Vec r[W];
+    for (int i = 0; i < W; ++i)
+      r[i] = i < count ? lanes<Kind>(w + i * stride + k, K - k) : Vec(0.0f);
     transpose(r);
     const int64_t deep = (K - k + each - 1) / each;
     for (int i = 0; i < (deep < W ? int(deep) : W); ++i) r[i].store(to + (k / each + i) * kWide);
@@ -224,28 +239,34 @@ struct Task {
 // Panels of all experts that have rows, cut so that a task's weights fit and there is work for all.
 struct Tasks {
   std::vector<Task> list;
-  int64_t cost = 0;
+  int64_t cost = 0, most;  // most: panels of a task
 
-  Tasks(const int64_t* offsets, int64_t experts, int64_t panels, int64_t most) {
+  Tasks(const int64_t* offsets, int64_t experts, int64_t panels, int64_t fit) : most(fit) {
     int64_t busy = 0;
     for (int64_t e = 0; e < experts; ++e) busy += offsets[e + 1] > offsets[e];
-    while (most > 1 && busy * ((panels + most - 1) / most) < 48) --most;
+    while (most > 2 && busy * ((panels + most - 1) / most) < 32) --most;
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t rows = offsets[e + 1] - offsets[e];
       const int64_t parts = rows ? (panels + most - 1) / most : 0;
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t from = panels * i / parts, to = panels * (i + 1) / parts;
         list.push_back({e, from, to - from, cost});
-        cost += (to - from) * (rows + 4);  // turning a panel is worth some rows
+        cost += (to - from) * (rows + 16);  // turning a panel is worth some rows
       }
     }
   }
 
+  // Every thread makes a body, and calls body(task, next or null) for its tasks in turn.
   template <class F>
-  void run(int64_t grain, F body) const {
+  void run(int64_t grain, F make) const {
     parallel_for(0, cost, grain, [&](int64_t begin, int64_t end) {
-      for (const Task& task : list)
-        if (task.start >= begin && task.start < end) body(task);
+      const Task *task = list.data(), *last = task + list.size();
+      while (task < last && task->start < begin) ++task;
+      const Task* stop = task;
+      while (stop < last && stop->start < end) ++stop;
+      if (task == stop) return;
+      auto body = make();
+      for (; task < stop; ++task) body(*task, stop - task > 1 ? task + 1 : nullptr);
     });
   }
 };
@@ -253,18 +274,6 @@ struct Tasks {
 int64_t most_panels(int64_t deep) {
   const int64_t fit = kPanelBytes / (deep * kWide * 4 + 1);
   return fit < 1 ? 1 : fit > kMostPanels ? kMostPanels : fit;
-}
-
-FD_INLINE Vec activate(int activation, Vec u, Vec v) {
-  switch (activation) {
-    case kGroupedGelu: return vgelu(u);
-    case kGroupedGeluTanh: return vgelu_tanh(u);
-    case kGroupedSilu: return vsilu(u);
-    case kGroupedGeglu: return u * vgelu(v);
-    case kGroupedSwiglu: return vsilu(u) * v;
-    case kGroupedSwishglu: return u * vsilu(v);
-    default: return u;
-  }
 }
 
 // Where the two vectors of a panel come from: columns n, `count` of them. With a gate both are the
@@ -282,69 +291,149 @@ struct Columns {
   }
 };
 
-template <class T>
+template <int kActivation>
+FD_INLINE Vec activated(Vec u, Vec v) {
+  if constexpr (kActivation == kGroupedGelu) return vgelu(u);
+  if constexpr (kActivation == kGroupedGeluTanh) return vgelu_tanh(u);
+  if constexpr (kActivation == kGroupedSilu) return vsilu(u);
+  if constexpr (kActivation == kGroupedGeglu) return u * vgelu(v);
+  if constexpr (kActivation == kGroupedSwiglu) return vsilu(u) * v;
+  if constexpr (kActivation == kGroupedSwishglu) return u * vsilu(v);
+  return u;
+}
+
+template <int kActivation, class T>
 void finish(const GroupedLinearArgs& a, int64_t e, int64_t row, int rows, const Columns& at,
             const float* c) {
-  const bool gated = a.activation >= kGroupedGeglu;
+  constexpr bool gated = kActivation >= kGroupedGeglu;
   const int64_t out = gated ? a.N / 2 : a.N;
   Vec bias[2] = {Vec(0.0f), Vec(0.0f)};
   if (a.bias)
     for (int v = 0; v < 2; ++v)
       if (at.count[v])
         bias[v] = Vec::load(static_cast<const T*>(a.bias) + e * a.N + at.n[v], at.count[v]);
-  for (int i = 0; i < rows; ++i, c += kWide) {
-    Vec u = Vec::load(c) + bias[0], v = Vec::load(c + W) + bias[1];
-    T* y = static_cast<T*>(a.y) + (row + i) * out + at.n[0];
-    activate(a.activation, u, v).store(y, at.count[0]);
-    if (!gated && at.count[1]) activate(a.activation, v, v).store(y + W, at.count[1]);
+  T* y = static_cast<T*>(a.y) + row * out + at.n[0];
+  const bool full = at.count[0] == W && at.count[1] == W;
+  for (int i = 0; i < rows; ++i, c += kWide, y += out) {
+    const Vec u = Vec::load(c) + bias[0], v = Vec::load(c + W) + bias[1];
+    const Vec first = activated<kActivation>(u, v), second = activated<kActivation>(v, v);
+    if (full) {
+      first.store(y);
+      if constexpr (!gated) second.store(y + W);
+    } else {
+      first.store(y, at.count[0]);
+      if (!gated && at.count[1]) second.store(y + W, at.count[1]);
+    }
   }
 }
 
-template <class Kind, class T>
+// Asks for the weights of a later task, some lines at a time, while this one computes.
+template <class T>
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0, done = 0;
+  const char* other = nullptr;  // the second half of a gate
+
+  Ahead(const GroupedLinearArgs& a, const Task* task, bool gated) {
+    if (!task) return;
+    const T* weight = static_cast<const T*>(a.weight) + task->expert * a.weight_e;
+    const int64_t width = gated ? W : kWide, all = gated ? a.N / 2 : a.N;
+    const int64_t n = task->panel * width;
+    const int64_t columns = (task->panels * width < all - n ? task->panels * width : all - n);
+    at = reinterpret_cast<const char*>(weight + n * a.weight_n);
+    if (gated) other = reinterpret_cast<const char*>(weight + (n + all) * a.weight_n);
+    const bool along = a.weight_k == 1;
+    stride = (along ? a.weight_n : a.weight_k) * int64_t(sizeof(T));
+    bytes = (along ? a.K : columns) * int64_t(sizeof(T)), rows = along ? columns : a.K;
+  }
+
+  void rows_until(int64_t until) {
+    for (; done < until && done < rows; ++done) {
+      for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(at + i);
+      at += stride;
+      if (!other) continue;
+      for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(other + i);
+      other += stride;
+    }
+  }
+};
+
+template <class Kind, int kActivation, class T>
 void forward(const GroupedLinearArgs& a) {
   constexpr int each = std::is_same_v<Kind, Pairs> ? 2 : 1;
-  const bool gated = a.activation >= kGroupedGeglu;
+  constexpr bool gated = kActivation >= kGroupedGeglu;
   const int64_t deep = (a.K + each - 1) / each;  // lanes
   const int64_t panels = gated ? (a.N / 2 + W - 1) / W : (a.N + kWide - 1) / kWide;
-  const int64_t most = most_panels(deep);
-  const Tasks tasks(a.offsets, a.E, panels, most);
-  tasks.run(1 + 65536 / (deep + 1), [&](const Task& task) {
-    Scratch<float> b(size_t(task.panels * deep * kWide) + 1), x(size_t(kRows) * kStride);
-    Scratch<float> c(size_t(task.panels) * kRows * kWide);
-    const T* weight = static_cast<const T*>(a.weight) + task.expert * a.weight_e;
-    for (int64_t p = 0; p < task.panels; ++p) {
-      const Columns at(task.panel + p, a.N, gated);
-      for (int v = 0; v < 2; ++v) {
-        float* to = b.data + p * deep * kWide + v * W;
-        const T* from = weight + at.n[v] * a.weight_n;
-        if (a.weight_k == 1)
-          pack_rows<Kind>(from, a.weight_n, at.count[v], a.K, to);
-        else
-          pack_columns<Kind>(from, a.weight_k, at.count[v], a.K, to);
+  const Tasks tasks(a.offsets, a.E, panels, most_panels(deep));
+  const auto make = [&] {
+    return [&, b = Scratch<float>(size_t(tasks.most * deep * kWide) + 1),
+            x = Scratch<float>(size_t(kRows) * kStride),
+            c = Scratch<float>(size_t(tasks.most) * kRows * kWide)](const Task& task,
+                                                                    const Task* next) {
+      const T* weight = static_cast<const T*>(a.weight) + task.expert * a.weight_e;
+      for (int64_t p = 0; p < task.panels; ++p) {
+        const Columns at(task.panel + p, a.N, gated);
+        for (int v = 0; v < 2; ++v) {
+          float* to = b.data + p * deep * kWide + v * W;
+          const T* from = weight + at.n[v] * a.weight_n;
+          if (a.weight_k != 1)
+            pack_columns<Kind>(from, a.weight_k, at.count[v], a.K, to);
+          else if (at.count[v] == W)
+            pack_rows<Kind, true>(from, a.weight_n, W, a.K, to);
+          else
+            pack_rows<Kind, false>(from, a.weight_n, at.count[v], a.K, to);
+        }
       }
-    }
-    const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
-    const int64_t tiles = (rows + kRows - 1) / kRows;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = first + rows * i / tiles;
-      const int count = int(first + rows * (i + 1) / tiles - row);
-      for (int64_t k = 0; k == 0 || k < deep; k += kDeep) {
-        const int64_t part = deep - k < kDeep ? deep - k : kDeep;
-        const int64_t elements = a.K - k * each < part * each ? a.K - k * each : part * each;
-        for (int j = 0; j < count; ++j) {
-          const int64_t from = a.index ? a.index[row + j] : row + j;
-          copy_row<Kind>(static_cast<const T*>(a.x) + from * a.x_stride + k * each, elements,
-                         x.data + j * kStride);
+      Ahead<T> ahead(a, next, gated);
+      const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
+      const int64_t tiles = (rows + kRows - 1) / kRows;
+      const int64_t steps = tiles * task.panels;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t row = first + rows * i / tiles;
+        const int count = int(first + rows * (i + 1) / tiles - row);
+        for (int64_t k = 0; k == 0 || k < deep; k += kDeep) {
+          const int64_t part = deep - k < kDeep ? deep - k : kDeep;
+          const int64_t elements = a.K - k * each < part * each ? a.K - k * each : part * each;
+          for (int j = 0; j < count; ++j) {
+            const int64_t from = a.index ? a.index[row + j] : row + j;
+            copy_row<Kind>(static_cast<const T*>(a.x) + from * a.x_stride + k * each, elements,
+                           x.data + j * kStride);
+          }
+          for (int64_t p = 0; p < task.panels; ++p) {
+            product_of<Kind, kStride, 1>(count, x.data, b.data + (p * deep + k) * kWide, part,
+                                         c.data + p * kRows * kWide, k > 0);
+            ahead.rows_until(ahead.rows * (i * task.panels + p + 1) / steps);
+            if (k + kDeep >= deep)  // and for the rows of the next tile
+              for (int j = int(count * p / task.panels); j < count * (p + 1) / task.panels; ++j) {
+                const int64_t to = row + count + j;
+                if (to >= first + rows) break;
+                const T* near =
+                    static_cast<const T*>(a.x) + (a.index ? a.index[to] : to) * a.x_stride;
+                for (int64_t n = 0; n < a.K && n < kDeep * each; n += 64 / int64_t(sizeof(T)))
+                  _mm_prefetch(reinterpret_cast<const char*>(near + n), _MM_HINT_T0);
+              }
+          }
         }
         for (int64_t p = 0; p < task.panels; ++p)
-          product_of<Kind, kStride, 1>(count, x.data, b.data + (p * deep + k) * kWide, part,
-                                       c.data + p * kRows * kWide, k > 0);
+          finish<kActivation, T>(a, task.expert, row, count, Columns(task.panel + p, a.N, gated),
+                                 c.data + p * kRows * kWide);
       }
-      for (int64_t p = 0; p < task.panels; ++p)
-        finish<T>(a, task.expert, row, count, Columns(task.panel + p, a.N, gated),
-                  c.data + p * kRows * kWide);
-    }
-  });
+    };
+  };
+  tasks.run(1 + 65536 / (deep + 1), make);
+}
+
+template <class Kind, class T>
+void forward_of(const GroupedLinearArgs& a) {
+  switch (a.activation) {
+    case kGroupedGelu: return forward<Kind, kGroupedGelu, T>(a);
+    case kGroupedGeluTanh: return forward<Kind, kGroupedGeluTanh, T>(a);
+    case kGroupedSilu: return forward<Kind, kGroupedSilu, T>(a);
+    case kGroupedGeglu: return forward<Kind, kGroupedGeglu, T>(a);
+    case kGroupedSwiglu: return forward<Kind, kGroupedSwiglu, T>(a);
+    case kGroupedSwishglu: return forward<Kind, kGroupedSwishglu, T>(a);
+    default: return forward<Kind, kGroupedNone, T>(a);
+  }
 }
 
 // out[e] = grad^T x over the rows of e. Panels hold columns of x, tiles rows of grad's transpose:
@@ -363,7 +452,7 @@ void weight_grad(const GroupedWeightGradArgs& a) {
   constexpr int64_t kLong = 2048;  // rows at a time
   const int64_t block = longest < kLong ? longest : kLong;
   const Tasks tasks(a.offsets, a.E, panels, most_panels(block));
-  tasks.run(1 + 65536 / (a.N + 1), [&](const Task& task) {
+  const auto body = [&](const Task& task, const Task*) {
     Scratch<float> b(size_t(task.panels * block * kWide) + 1), g(size_t(block) * kTile + 1);
     // Sums of more than one block of rows wait here.
     const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
@@ -405,14 +494,15 @@ void weight_grad(const GroupedWeightGradArgs& a) {
         }
       }
     }
-  });
+  };
+  tasks.run(1 + 65536 / (a.N + 1), [&] { return body; });
 }
 
 }  // namespace
 
 void grouped_linear(const GroupedLinearArgs& a) {
-  if (a.dtype == Dtype::kBf16 && kPairs) return forward<Pairs, bf16>(a);
-  FASTDIFF_DTYPE_SWITCH(a.dtype, forward<Floats, T>(a));
+  if (a.dtype == Dtype::kBf16 && kPairs) return forward_of<Pairs, bf16>(a);
+  FASTDIFF_DTYPE_SWITCH(a.dtype, forward_of<Floats, T>(a));
 }
 
 void grouped_weight_grad(const GroupedWeightGradArgs& a) {

@@ -23,10 +23,11 @@ from fastdiff.cache import (
     GuidanceReuse,
     MagnitudeRatio,
 )
-from fastdiff.engine import reuse_encoder, reuse_guidance, reuse_unet
+from fastdiff.engine import reuse_encoder, reuse_guidance, reuse_routing, reuse_unet
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.reuse_blocks import ends_of
 from fastdiff.engine.view import BlockView
+from fastdiff.experts import RoutingReuse
 from fastdiff.integrations import merge_views, module_views, token_views, unet_views, views
 from fastdiff.integrations.exact_mode import exact
 from fastdiff.tokens import Merge, RegionAdaptive
@@ -45,6 +46,7 @@ _DEEP = (
 _SCHEDULED = (DeepCache, EncoderPropagation, Forecast, MagnitudeRatio)
 # What policies skip, the innermost first; one network takes one of each.
 _KINDS: tuple[tuple[type, ...], ...] = (
+    (RoutingReuse,),
     (Merge,),
     (RegionAdaptive,),
     (Broadcast,),
@@ -58,7 +60,8 @@ def _kind(policy: Any) -> int:
         if isinstance(policy, classes):
             return i
     raise ValueError(
-        f"accelerate: cache is {policy!r}, need policies of fastdiff.cache or fastdiff.tokens"
+        f"accelerate: cache is {policy!r}, need policies of fastdiff.cache, fastdiff.tokens or "
+        "fastdiff.experts"
     )
 
 
@@ -78,8 +81,10 @@ def reuse(
                 f"accelerate: cache has {one!r} and {two!r}, which skip the same parts; need one"
             )
     parts = []
+    if ordered and isinstance(ordered[0], RoutingReuse):
+        parts = _routing(network, ordered.pop(0), ordered, patch)
     if ordered and isinstance(ordered[0], Merge):
-        parts = _merge(network, ordered.pop(0), ordered, patch, view)
+        parts += _merge(network, ordered.pop(0), ordered, patch, view)
     if ordered and isinstance(ordered[0], RegionAdaptive):
         parts += _tokens(network, ordered[0], ordered[1:], patch, view)
     inner = [p for p in ordered if not isinstance(p, GuidanceReuse | RegionAdaptive)]
@@ -92,6 +97,20 @@ def reuse(
         parted = any(not p.neutral for p in inner)
         parts += reuse_guidance.guidance(network, policy, patch, parted)
     return parts
+
+
+def _routing(
+    network: nn.Module, policy: RoutingReuse, others: Sequence[Any], patch: Patch
+) -> list[str]:
+    """Kept routes, below the other policies."""
+    for other in others:
+        some = isinstance(other, AccumulatedDistance | FirstBlock | RegionAdaptive)
+        if some and not policy.neutral and not other.neutral:
+            raise ValueError(
+                f"accelerate: cache has {policy!r} and {other!r}, whose steps route other tokens; "
+                "need one of them"
+            )
+    return [] if policy.neutral else reuse_routing.routing(network, policy, patch)
 
 
 def _merge(
