@@ -3,8 +3,10 @@
 // rows are taken in tiles of up to kRows, copied together (that is where `index` gathers) so that
 // an element's address is a constant away from the tile's. 28 of 32 registers are sums (AVX2: 12 of
 // 16): an element of x is read for two vectors of columns, a vector of weights for kRows rows.
-// Every sum is taken in the order of k by one thread: results depend neither on threads nor on what
-// is beside a row. With AVX512-BF16, bfloat16 pairs along k are multiplied as they are.
+// Where an expert has few rows, turning its weights would cost more than it gains: rows of x and of
+// the weight are multiplied as they lie, and the lanes of each product added up at the end.
+// Every sum is taken in an order of its own by one thread: results depend neither on threads nor on
+// what is beside a row. With AVX512-BF16, bfloat16 pairs along k are multiplied as they are.
 #include <cstring>
 #include <vector>
 
@@ -22,6 +24,7 @@ constexpr int kDeep = 1536;              // of k at a time: a tile stays near
 constexpr int kStride = kDeep + 16;      // no power of two: rows would share cache sets
 constexpr int64_t kPanelBytes = W == 16 ? 400 << 10 : 96 << 10;  // of the panels of a task
 constexpr int kMostPanels = 16;
+constexpr int kMostFew = 64;  // rows that are multiplied as they lie, at most
 
 #ifdef __AVX512BF16__
 constexpr bool kPairs = true;  // bfloat16 is multiplied in pairs
@@ -92,8 +95,7 @@ void product_of(int rows, const float* a, const float* b, int64_t deep, float* c
   }
 }
 
-// ---- weights into panels
-// -------------------------------------------------------------------------
+// ---- weights into panels ----
 
 #ifdef __AVX512F__
 FD_INLINE void transpose(Vec (&r)[W]) {
@@ -216,8 +218,7 @@ void pack_columns(const T* w, int64_t stride, int count, int64_t K, float* to) {
         .store(to + k * kWide);
 }
 
-// ---- rows into a tile
-// ----------------------------------------------------------------------------
+// ---- rows into a tile ----
 
 template <class Kind, class T>
 void copy_row(const T* x, int64_t count, float* to) {
@@ -229,8 +230,126 @@ void copy_row(const T* x, int64_t count, float* to) {
   }
 }
 
-// ---- tasks
-// ---------------------------------------------------------------------------------------
+// ---- few rows ----
+
+constexpr int kFew = W == 16 ? 6 : 2;  // rows of x beside kQuad of the weight: 24 (AVX2: 8) sums
+constexpr int kQuad = 4;
+
+// The lanes of four vectors added up.
+FD_INLINE __m128 sums_of(const Vec (&r)[kQuad]) {
+#ifdef __AVX512F__
+  const __m512 a =
+      _mm512_add_ps(_mm512_unpacklo_ps(r[0].v, r[1].v), _mm512_unpackhi_ps(r[0].v, r[1].v));
+  const __m512 b =
+      _mm512_add_ps(_mm512_unpacklo_ps(r[2].v, r[3].v), _mm512_unpackhi_ps(r[2].v, r[3].v));
+  const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+#else
+  const __m256 a =
+      _mm256_add_ps(_mm256_unpacklo_ps(r[0].v, r[1].v), _mm256_unpackhi_ps(r[0].v, r[1].v));
+  const __m256 b =
+      _mm256_add_ps(_mm256_unpacklo_ps(r[2].v, r[3].v), _mm256_unpackhi_ps(r[2].v, r[3].v));
+  const __m256 d = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+#endif
+  return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+template <class Kind>
+FD_INLINE Vec times(Vec w, Vec x, Vec sum) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Kind, Pairs>)
+    return _mm512_dpbf16_ps(sum.v, __m512bh(_mm512_castps_si512(w.v)),
+                            __m512bh(_mm512_castps_si512(x.v)));
+#endif
+  return fma(w, x, sum);
+}
+
+// c[i][0 to 4) = x[i] . w[0 to 4) over K elements; `near`: asks for the weights two quads on.
+template <class Kind, int M, class X, class T>
+void dots(const X* const* rows, const T* w, int64_t stride, int64_t K, float* c, bool near) {
+  constexpr int step = std::is_same_v<Kind, Pairs> ? 2 * W : W;
+  Vec sum[M][kQuad];
+  const X* x[M];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+    x[i] = rows[i];
+#pragma GCC unroll 4
+    for (int n = 0; n < kQuad; ++n) sum[i][n] = Vec(0.0f);
+  }
+  int64_t k = 0;
+  for (; k + step <= K; k += step) {
+    Vec v[kQuad];
+#pragma GCC unroll 4
+    for (int n = 0; n < kQuad; ++n) v[n] = lanes<Kind>(w + n * stride + k);
+    if (near)
+#pragma GCC unroll 4
+      for (int n = 0; n < kQuad; ++n)
+        _mm_prefetch(reinterpret_cast<const char*>(w + (n + 2 * kQuad) * stride + k), _MM_HINT_T0);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const Vec u = lanes<Kind>(x[i] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kQuad; ++n) sum[i][n] = times<Kind>(v[n], u, sum[i][n]);
+    }
+  }
+  if (k < K) {
+    Vec v[kQuad];
+#pragma GCC unroll 4
+    for (int n = 0; n < kQuad; ++n) v[n] = lanes<Kind>(w + n * stride + k, K - k);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const Vec u = lanes<Kind>(x[i] + k, K - k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kQuad; ++n) sum[i][n] = times<Kind>(v[n], u, sum[i][n]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) _mm_storeu_ps(c + i * kWide, sums_of(sum[i]));
+}
+
+template <class Kind, class X, class T>
+void dots_of(int rows, const X* const* x, const T* w, int64_t stride, int64_t K, float* c,
+             bool near) {
+  switch (rows) {
+    case 1: return dots<Kind, 1>(x, w, stride, K, c, near);
+    case 2: return dots<Kind, 2>(x, w, stride, K, c, near);
+  }
+  if constexpr (kFew > 2) {
+    switch (rows) {
+      case 3: return dots<Kind, 3>(x, w, stride, K, c, near);
+      case 4: return dots<Kind, 4>(x, w, stride, K, c, near);
+      case 5: return dots<Kind, 5>(x, w, stride, K, c, near);
+      default: return dots<Kind, 6>(x, w, stride, K, c, near);
+    }
+  }
+}
+
+// c [rows][kWide] of one panel's columns, which are rows of the weight. `tail`: a copy of the last
+// few, where they are fewer than a quad, with zeros after them.
+template <class Kind, class X, class T>
+void panel_dots(int rows, const X* const* x, const T* weight, int64_t stride, int64_t K,
+                const int64_t (&n)[2], const int (&count)[2], float* c, T* tail) {
+  for (int v = 0; v < 2; ++v) {
+    const T* const w = weight + n[v] * stride;
+    const int whole = count[v] / kQuad * kQuad, rest = count[v] - whole;
+    if (rest) {
+      std::memset(static_cast<void*>(tail), 0, size_t(kQuad * K) * sizeof(T));
+      for (int i = 0; i < rest; ++i)
+        std::memcpy(static_cast<void*>(tail + i * K), w + (whole + i) * stride,
+                    size_t(K) * sizeof(T));
+    }
+    // A tile of x and the weights of one vector of columns stay in L1 together.
+    for (int i = 0; i < rows; i += kFew) {
+      const int tile = rows - i < kFew ? rows - i : kFew;
+      float* to = c + i * kWide + v * W;
+      for (int j = 0; j < whole; j += kQuad)
+        dots_of<Kind>(tile, x + i, w + j * stride, stride, K, to + j, i == 0);
+      if (rest) dots_of<Kind>(tile, x + i, tail, K, K, to + whole, false);
+    }
+  }
+}
+
+// ---- tasks ----
 
 struct Task {
   int64_t expert, panel, panels, start;  // start: of its cost among all
@@ -256,17 +375,15 @@ struct Tasks {
     }
   }
 
-  // Every thread makes a body, and calls body(task, next or null) for its tasks in turn.
+  // body(first, last): the tasks of a thread.
   template <class F>
-  void run(int64_t grain, F make) const {
+  void run(int64_t grain, F body) const {
     parallel_for(0, cost, grain, [&](int64_t begin, int64_t end) {
       const Task *task = list.data(), *last = task + list.size();
       while (task < last && task->start < begin) ++task;
       const Task* stop = task;
       while (stop < last && stop->start < end) ++stop;
-      if (task == stop) return;
-      auto body = make();
-      for (; task < stop; ++task) body(*task, stop - task > 1 ? task + 1 : nullptr);
+      if (task < stop) body(task, stop);
     });
   }
 };
@@ -327,100 +444,101 @@ void finish(const GroupedLinearArgs& a, int64_t e, int64_t row, int rows, const 
   }
 }
 
-// Asks for the weights of a later task, some lines at a time, while this one computes.
-template <class T>
-struct Ahead {
-  const char* at = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0, done = 0;
-  const char* other = nullptr;  // the second half of a gate
-
-  Ahead(const GroupedLinearArgs& a, const Task* task, bool gated) {
-    if (!task) return;
-    const T* weight = static_cast<const T*>(a.weight) + task->expert * a.weight_e;
-    const int64_t width = gated ? W : kWide, all = gated ? a.N / 2 : a.N;
-    const int64_t n = task->panel * width;
-    const int64_t columns = (task->panels * width < all - n ? task->panels * width : all - n);
-    at = reinterpret_cast<const char*>(weight + n * a.weight_n);
-    if (gated) other = reinterpret_cast<const char*>(weight + (n + all) * a.weight_n);
-    const bool along = a.weight_k == 1;
-    stride = (along ? a.weight_n : a.weight_k) * int64_t(sizeof(T));
-    bytes = (along ? a.K : columns) * int64_t(sizeof(T)), rows = along ? columns : a.K;
-  }
-
-  void rows_until(int64_t until) {
-    for (; done < until && done < rows; ++done) {
-      for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(at + i);
-      at += stride;
-      if (!other) continue;
-      for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(other + i);
-      other += stride;
+// One task's rows, where they are few.
+template <class Kind, int kActivation, class T>
+void few_rows(const GroupedLinearArgs& a, const Task& task, float* c, float* wide, T* tail) {
+  constexpr bool gated = kActivation >= kGroupedGeglu;
+  constexpr bool direct = std::is_same_v<T, float> || std::is_same_v<Kind, Pairs>;
+  using X = std::conditional_t<direct, T, float>;
+  const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
+  const X* x[kMostFew];
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t from = a.index ? a.index[first + i] : first + i;
+    const T* row = static_cast<const T*>(a.x) + from * a.x_stride;
+    if constexpr (direct) {
+      x[i] = row;
+    } else {
+      copy_row<Kind>(row, a.K, wide + i * a.K);
+      x[i] = wide + i * a.K;
     }
   }
-};
+  const T* weight = static_cast<const T*>(a.weight) + task.expert * a.weight_e;
+  for (int64_t p = 0; p < task.panels; ++p) {
+    const Columns at(task.panel + p, a.N, gated);
+    panel_dots<Kind>(int(rows), x, weight, a.weight_n, a.K, at.n, at.count, c, tail);
+    finish<kActivation, T>(a, task.expert, first, int(rows), at, c);
+  }
+}
+
+template <class Kind, int kActivation, class T>
+void many_rows(const GroupedLinearArgs& a, const Task& task, float* b, float* x, float* c) {
+  constexpr int each = std::is_same_v<Kind, Pairs> ? 2 : 1;
+  constexpr bool gated = kActivation >= kGroupedGeglu;
+  const int64_t deep = (a.K + each - 1) / each;  // lanes
+  const T* weight = static_cast<const T*>(a.weight) + task.expert * a.weight_e;
+  for (int64_t p = 0; p < task.panels; ++p) {
+    const Columns at(task.panel + p, a.N, gated);
+    for (int v = 0; v < 2; ++v) {
+      float* to = b + p * deep * kWide + v * W;
+      const T* from = weight + at.n[v] * a.weight_n;
+      if (a.weight_k != 1)
+        pack_columns<Kind>(from, a.weight_k, at.count[v], a.K, to);
+      else if (at.count[v] == W)
+        pack_rows<Kind, true>(from, a.weight_n, W, a.K, to);
+      else
+        pack_rows<Kind, false>(from, a.weight_n, at.count[v], a.K, to);
+    }
+  }
+  const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t row = first + rows * i / tiles;
+    const int count = int(first + rows * (i + 1) / tiles - row);
+    for (int64_t k = 0; k == 0 || k < deep; k += kDeep) {
+      const int64_t part = deep - k < kDeep ? deep - k : kDeep;
+      const int64_t elements = a.K - k * each < part * each ? a.K - k * each : part * each;
+      for (int j = 0; j < count; ++j) {
+        const int64_t from = a.index ? a.index[row + j] : row + j;
+        copy_row<Kind>(static_cast<const T*>(a.x) + from * a.x_stride + k * each, elements,
+                       x + j * kStride);
+      }
+      for (int64_t p = 0; p < task.panels; ++p)
+        product_of<Kind, kStride, 1>(count, x, b + (p * deep + k) * kWide, part,
+                                     c + p * kRows * kWide, k > 0);
+    }
+    for (int64_t p = 0; p < task.panels; ++p)
+      finish<kActivation, T>(a, task.expert, row, count, Columns(task.panel + p, a.N, gated),
+                             c + p * kRows * kWide);
+  }
+}
 
 template <class Kind, int kActivation, class T>
 void forward(const GroupedLinearArgs& a) {
   constexpr int each = std::is_same_v<Kind, Pairs> ? 2 : 1;
   constexpr bool gated = kActivation >= kGroupedGeglu;
-  const int64_t deep = (a.K + each - 1) / each;  // lanes
+  constexpr bool direct = std::is_same_v<T, float> || std::is_same_v<Kind, Pairs>;
+  const int64_t deep = (a.K + each - 1) / each;
   const int64_t panels = gated ? (a.N / 2 + W - 1) / W : (a.N + kWide - 1) / kWide;
+  // Turning a quad's weights takes about 2 K cycles, adding up its lanes 10 a row.
+  const int64_t few = a.weight_k != 1 ? 0 : a.K / 6 < kMostFew ? a.K / 6 : kMostFew;
   const Tasks tasks(a.offsets, a.E, panels, most_panels(deep));
-  const auto make = [&] {
-    return [&, b = Scratch<float>(size_t(tasks.most * deep * kWide) + 1),
-            x = Scratch<float>(size_t(kRows) * kStride),
-            c = Scratch<float>(size_t(tasks.most) * kRows * kWide)](const Task& task,
-                                                                    const Task* next) {
-      const T* weight = static_cast<const T*>(a.weight) + task.expert * a.weight_e;
-      for (int64_t p = 0; p < task.panels; ++p) {
-        const Columns at(task.panel + p, a.N, gated);
-        for (int v = 0; v < 2; ++v) {
-          float* to = b.data + p * deep * kWide + v * W;
-          const T* from = weight + at.n[v] * a.weight_n;
-          if (a.weight_k != 1)
-            pack_columns<Kind>(from, a.weight_k, at.count[v], a.K, to);
-          else if (at.count[v] == W)
-            pack_rows<Kind, true>(from, a.weight_n, W, a.K, to);
-          else
-            pack_rows<Kind, false>(from, a.weight_n, at.count[v], a.K, to);
-        }
-      }
-      Ahead<T> ahead(a, next, gated);
-      const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
-      const int64_t tiles = (rows + kRows - 1) / kRows;
-      const int64_t steps = tiles * task.panels;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t row = first + rows * i / tiles;
-        const int count = int(first + rows * (i + 1) / tiles - row);
-        for (int64_t k = 0; k == 0 || k < deep; k += kDeep) {
-          const int64_t part = deep - k < kDeep ? deep - k : kDeep;
-          const int64_t elements = a.K - k * each < part * each ? a.K - k * each : part * each;
-          for (int j = 0; j < count; ++j) {
-            const int64_t from = a.index ? a.index[row + j] : row + j;
-            copy_row<Kind>(static_cast<const T*>(a.x) + from * a.x_stride + k * each, elements,
-                           x.data + j * kStride);
-          }
-          for (int64_t p = 0; p < task.panels; ++p) {
-            product_of<Kind, kStride, 1>(count, x.data, b.data + (p * deep + k) * kWide, part,
-                                         c.data + p * kRows * kWide, k > 0);
-            ahead.rows_until(ahead.rows * (i * task.panels + p + 1) / steps);
-            if (k + kDeep >= deep)  // and for the rows of the next tile
-              for (int j = int(count * p / task.panels); j < count * (p + 1) / task.panels; ++j) {
-                const int64_t to = row + count + j;
-                if (to >= first + rows) break;
-                const T* near =
-                    static_cast<const T*>(a.x) + (a.index ? a.index[to] : to) * a.x_stride;
-                for (int64_t n = 0; n < a.K && n < kDeep * each; n += 64 / int64_t(sizeof(T)))
-                  _mm_prefetch(reinterpret_cast<const char*>(near + n), _MM_HINT_T0);
-              }
-          }
-        }
-        for (int64_t p = 0; p < task.panels; ++p)
-          finish<kActivation, T>(a, task.expert, row, count, Columns(task.panel + p, a.N, gated),
-                                 c.data + p * kRows * kWide);
-      }
-    };
-  };
-  tasks.run(1 + 65536 / (deep + 1), make);
+  bool any_few = false, any_many = false;
+  for (int64_t e = 0; e < a.E; ++e)
+    (a.offsets[e + 1] - a.offsets[e] > few ? any_many : any_few) = true;
+  tasks.run(1 + 65536 / (deep + 1), [&](const Task* task, const Task* stop) {
+    const int64_t c_rows = any_many ? tasks.most * kRows : 0;
+    Scratch<float> c(size_t(c_rows > kMostFew ? c_rows : kMostFew) * kWide);
+    Scratch<float> b(any_many ? size_t(tasks.most * deep * kWide) + 1 : 1);
+    Scratch<float> x(any_many ? size_t(kRows) * kStride : 1);
+    Scratch<float> wide(any_few && !direct ? size_t(kMostFew * a.K) + 1 : 1);
+    Scratch<T> tail(any_few ? size_t(kQuad * a.K) + 1 : 1);
+    for (; task < stop; ++task) {
+      if (a.offsets[task->expert + 1] - a.offsets[task->expert] > few)
+        many_rows<Kind, kActivation, T>(a, *task, b.data, x.data, c.data);
+      else
+        few_rows<Kind, kActivation, T>(a, *task, c.data, wide.data, tail.data);
+    }
+  });
 }
 
 template <class Kind, class T>
@@ -452,7 +570,7 @@ void weight_grad(const GroupedWeightGradArgs& a) {
   constexpr int64_t kLong = 2048;  // rows at a time
   const int64_t block = longest < kLong ? longest : kLong;
   const Tasks tasks(a.offsets, a.E, panels, most_panels(block));
-  const auto body = [&](const Task& task, const Task*) {
+  const auto body = [&](const Task& task) {
     Scratch<float> b(size_t(task.panels * block * kWide) + 1), g(size_t(block) * kTile + 1);
     // Sums of more than one block of rows wait here.
     const int64_t first = a.offsets[task.expert], rows = a.offsets[task.expert + 1] - first;
@@ -495,7 +613,9 @@ void weight_grad(const GroupedWeightGradArgs& a) {
       }
     }
   };
-  tasks.run(1 + 65536 / (a.N + 1), [&] { return body; });
+  tasks.run(1 + 65536 / (a.N + 1), [&](const Task* task, const Task* stop) {
+    for (; task < stop; ++task) body(*task);
+  });
 }
 
 }  // namespace

@@ -60,6 +60,7 @@ def test_neutral_is_exact_and_kept_routes_are_those_of_the_step_that_routed():
     assert all(map(torch.equal, run(net, xs)[0], want))  # restored
 
 
+@torch.no_grad()
 def test_another_size_routes_anew_and_runs_do_not_meet():
     net = Net().eval()
     xs = [torch.randn(2, 6, 16), torch.randn(1, 6, 16), torch.randn(1, 6, 16)]
