@@ -20,7 +20,7 @@ from torch import Tensor
 # TILE: the most elements of a tile [token, expert]; ROWS and BLOCK are moe_combine's.
 CONFIGS = [
     triton.Config({"TOKENS": t, "TILE": tile, "ROWS": r, "BLOCK": b}, num_warps=w)
-    for t, tile, r, b, w in ((64, 4096, 4, 512, 8), (16, 2048, 16, 128, 4), (128, 4096, 1, 2048, 8))
+    for t, tile, r, b, w in ((64, 2048, 4, 512, 4), (16, 2048, 16, 128, 4), (128, 4096, 2, 1024, 8))
 ]
 
 
