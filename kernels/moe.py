@@ -1,11 +1,11 @@
 """Triton kernels of moe_route and moe_combine.
 
 Routing is three launches over blocks of TOKENS tokens, which see their tokens as rows of a tile
-[token, expert] in registers: `_choose` takes the k largest keys of every row and counts each
-column; `_scan` turns the counts into those of the blocks before, one program per 16 experts;
-`_place` counts down the columns. A token takes an expert at most once, so a column's order is that
-of the slots, and no result hangs on the order of programs. Reads the logits once, writes 28 bytes a
-slot, and moves 12 bytes a block and expert.
+[token, expert] in registers: `_moe_choose` takes the k largest keys of every row and counts each
+column; `_moe_scan` turns the counts into those of the blocks before, one program per 16 experts;
+`_moe_place` counts down the columns. A token takes an expert at most once, so the order of a column
+is that of slots, and no result hangs on the order of programs. Reads the logits once, writes 28
+bytes a slot, and moves 16 bytes a block and expert.
 
 Combining is one program per ROWS tokens and BLOCK channels, which adds rows in the order of j.
 """
@@ -33,7 +33,7 @@ def _ordered(value):
 
 
 @triton.jit
-def _choose_kernel(
+def _moe_choose_kernel(
     logits_ptr,  # [T, E]
     sample_ptr,  # [B, E]
     weights_ptr,  # [T, K] float32
@@ -86,7 +86,7 @@ def _choose_kernel(
 
 
 @triton.jit
-def _scan_kernel(
+def _moe_scan_kernel(
     count_ptr,  # [blocks, E] int32; becomes the sum of the blocks before
     counts_ptr,  # [E] int64
     blocks,
@@ -107,7 +107,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def _place_kernel(
+def _moe_place_kernel(
     weights_ptr,  # [T, K] float32; 0 where dropped
     experts_ptr,  # [T, K] int64
     before_ptr,  # [blocks, E] int32
@@ -162,7 +162,7 @@ def _place_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def _moe_combine_kernel(
     y_ptr,  # [R, C]
     weights_ptr,  # [T, K] float32
     position_ptr,  # [T, K] int64
@@ -218,15 +218,15 @@ def moe_route(
     blocks = triton.cdiv(tokens, block_t)
     before = torch.empty(blocks, experts, dtype=torch.int32, device=device)
     share = 1 if sample is None else tokens // sample.shape[0]
-    _choose_kernel[(blocks,)](
+    _moe_choose_kernel[(blocks,)](
         logits, logits if sample is None else sample, weights, chosen, before,
         tokens, experts, k, share,
         SAMPLE=sample is not None, SIGMOID=sigmoid, RENORMALISE=renormalise, **tile,
     )  # fmt: skip
-    _scan_kernel[(triton.cdiv(experts, 16),)](
+    _moe_scan_kernel[(triton.cdiv(experts, 16),)](
         before, counts, blocks, experts, BLOCK_B=128, BLOCK_E=16, num_warps=4
     )
-    _place_kernel[(blocks,)](
+    _moe_place_kernel[(blocks,)](
         weights, chosen, before, counts, order, position, offsets,
         tokens, experts, k, capacity, CAPPED=capacity >= 0, **tile,
     )  # fmt: skip
@@ -241,7 +241,7 @@ def moe_combine(
     out = torch.empty(T, C, dtype=y.dtype, device=y.device)
     if out.numel():
         rows, block = config.kwargs["ROWS"], config.kwargs["BLOCK"]
-        _combine_kernel[(triton.cdiv(T, rows), triton.cdiv(C, block))](
+        _moe_combine_kernel[(triton.cdiv(T, rows), triton.cdiv(C, block))](
             y, weights, position, out, R, T, K, C,
             ROWS=rows, BLOCK=block, num_warps=config.num_warps,
         )  # fmt: skip
