@@ -397,10 +397,11 @@ def test_values_out_of_range(row):
             grouped_linear(x, weight, offsets, index=spoilt, impl=row)
         with pytest.raises(ValueError, match=f"grouped_weight_grad: {message}"):
             grouped_weight_grad(grad, x, offsets, index=spoilt, impl=row)
-    for bad in ([0, 4, 10], [0, -1, 9], [1, 4, 9], [0, 5, 4]):
-        with pytest.raises(ValueError, match="grouped_linear: offsets"):
+    for bad, at in (([0, 4, 10], 2), ([0, -1, 9], 1), ([1, 4, 9], 0), ([0, 5, 4], 2)):
+        message = f"offsets has value {bad[at]} at {at}, need ascending values from 0 to at most 9"
+        with pytest.raises(ValueError, match=f"grouped_linear: {message}"):
             grouped_linear(x, weight, torch.tensor(bad), index=index, impl=row)
-        with pytest.raises(ValueError, match="grouped_weight_grad: offsets"):
+        with pytest.raises(ValueError, match=f"grouped_weight_grad: {message}"):
             grouped_weight_grad(grad, x, torch.tensor(bad), index=index, impl=row)
 
 
