@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A column of the gradient's tile is one of x. Chosen by compiling (triton 3.9), not by timing: no
-# call of fastdiff/gpu_cases.py spills registers on sm_80, sm_90, sm_100, sm_120 or gfx942, or has
-# a block above 64 KiB of shared memory.
+# Of the weight's gradient, BLOCK_M are rows of the weight, BLOCK_N its columns, and BLOCK_K rows of
+# x. Chosen by compiling (triton 3.9), not by timing: no call of fastdiff/gpu_cases.py spills
+# registers on sm_80, sm_90, sm_100, sm_120 or gfx942, or has a block above 64 KiB of shared memory.
+# The first three are for 16 bits: with float32, which no tensor core multiplies, they spill.
 CONFIGS = [
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3),
