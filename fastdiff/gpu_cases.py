@@ -152,6 +152,69 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
+    yield from _experts(dtype)
+
+
+def _experts(dtype: torch.dtype) -> Iterator[Case]:
+    """DiT-MoE-S at 256 px, guided: 512 tokens of 384, two of 8 or 16 experts; and a large one."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def index(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    slots = 1024
+    yield Case("moe_route", "DiT-MoE-S, 2 of 8, 512 tokens", lambda: _call(t(512, 8), 2))
+    yield Case(
+        "moe_route",
+        "8 of 64, 16384 tokens, by sample, capacity",
+        lambda: _call(
+            t(16384, 64),
+            8,
+            sample_logits=t(4, 64),
+            gate="sigmoid",
+            renormalise=True,
+            capacity=2560,
+        ),
+    )
+    yield Case(
+        "moe_combine",
+        "DiT-MoE-S, 2 of 8, 512x384",
+        lambda: _call(t(slots, 384), torch.empty(512, 2), index(512, 2)),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-S 8 experts, up, swiglu",
+        lambda: _call(
+            t(512, 384),
+            t(8, 3072, 384),
+            index(9),
+            bias=t(8, 3072),
+            index=index(slots),
+            activation="swiglu",
+        ),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-S 8 experts, down",
+        lambda: _call(t(slots, 1536), t(8, 384, 1536), index(9)),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-S 16 experts, up, gelu",
+        lambda: _call(t(slots, 384), t(16, 1536, 384), index(17), activation="gelu"),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-S 8 experts, gradient of the tokens",
+        lambda: _call(t(slots, 3072), t(8, 3072, 384).transpose(1, 2), index(9)),
+    )
+    yield Case(
+        "grouped_weight_grad",
+        "DiT-MoE-S 8 experts, up",
+        lambda: _call(t(slots, 3072), t(512, 384), index(9), index=index(slots)),
+    )
 
 
 def moved(*values: Any) -> int:

@@ -51,10 +51,16 @@ def good(op):
         "group_norm_silu": dict(
             x=q, num_groups=1, weight=ones(2), bias=ones(2), shift=ones(2, 2), scale=ones(2, 2)
         ),
+        "grouped_linear": dict(
+            x=x[0], weight=ones(2, 4, 8), offsets=index(3), bias=ones(2, 4), index=index(5)
+        ),
+        "grouped_weight_grad": dict(grad=ones(5, 4), x=x[0], offsets=index(3), index=index(5)),
         "layer_norm_modulate": dict(
             x=x, shift=torch.randn(2, 8), scale=torch.randn(2, 8), weight=ones(8), bias=ones(8)
         ),
         "linear": dict(x=x, weight=ones(4, 8), bias=ones(4)),
+        "moe_combine": dict(y=x[0], weights=ones(2, 2), position=index(2, 2)),
+        "moe_route": dict(logits=ones(6, 4), k=2, sample_logits=ones(3, 4)),
         "philox_normal": dict(shape=(2, 7), seed=index(2), slot=index(2), step=index(2)),
         "qk_norm_rope": dict(
             q=q, k=q, q_weight=ones(8), k_weight=ones(8), cos=ones(5, 4), sin=ones(5, 4),
@@ -95,6 +101,16 @@ FINE = {
     ("gather_tokens", "index", "last dimension + 1"): "any number of rows may be chosen",
     ("attention", "q_index", "last dimension + 1"): "any number of rows may be chosen",
     ("qk_norm_rope", "cos", "first dimension + 1"): "sin is what differs then, and is named",
+    ("grouped_linear", "x", "first dimension + 1"): "more tokens, which the index picks from",
+    ("grouped_linear", "index", "first dimension + 1"): "any number of rows may be picked",
+    ("grouped_linear", "index", "last dimension + 1"): "any number of rows may be picked",
+    ("grouped_weight_grad", "grad", "last dimension + 1"): "a wider row, which no other has",
+    ("grouped_weight_grad", "x", "first dimension + 1"): "more tokens, which the index picks from",
+    ("grouped_weight_grad", "x", "last dimension + 1"): "a wider row, which no other has",
+    ("grouped_weight_grad", "offsets", "first dimension + 1"): "any number of groups",
+    ("grouped_weight_grad", "offsets", "last dimension + 1"): "any number of groups",
+    ("moe_combine", "y", "first dimension + 1"): "more rows, which the positions pick from",
+    ("moe_combine", "y", "last dimension + 1"): "a wider row, which no other argument has",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
     ("fused_step", "step", "no dimension"): "one row for all samples",
     ("select_tokens", "drops", "int32"): "they are that",

@@ -25,6 +25,8 @@ TENSOR = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
+# Their products of float32 are of float32, which NVIDIA's tensor cores do not have.
+GROUPED = {"grouped_linear_kernel", "grouped_weight_grad_kernel"}
 
 
 def compiled(*args):
@@ -45,8 +47,8 @@ def check(report):
     assert 0 < report["registers"] <= (512 if report["target"].startswith("gfx") else 255), report
     if report["dot"] and report["dtype"] != "float32":
         assert report["tensor"] == TENSOR[report["target"]], report
-    elif report["dot"]:  # as three products of tf32, or AMD's of float32
-        assert report["tensor"], report
+    elif report["dot"] and (report["kernel"] not in GROUPED or report["target"] == "gfx942"):
+        assert report["tensor"], report  # as three products of tf32, or AMD's of float32
     else:
         assert not report["tensor"], report
 
@@ -65,7 +67,10 @@ def test_every_kernel_compiles():
     for report in reports:
         check(report)
     assert {report["kernel"] for report in reports} == every_kernel()
-    assert {report["kernel"] for report in reports if report["dot"]} == {"attention_kernel"}
+    assert {report["kernel"] for report in reports if report["dot"]} == {
+        "attention_kernel",
+        *GROUPED,
+    }
 
 
 def test_attention_uses_the_tensor_cores_of_every_target():

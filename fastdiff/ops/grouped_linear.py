@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
@@ -57,6 +58,21 @@ def _groups(offsets: Tensor, rows: int) -> Tensor:
     return (at[:, None] >= offsets[1:]).sum(1)
 
 
+def _check_ascending(op: str, offsets: Tensor, rows: int) -> None:
+    """For reference rows, where values cost no sync: as ``check_range``."""
+    fake = torch.compiler.is_compiling() or isinstance(offsets, FakeTensor)
+    if fake or offsets.device.type != "cpu":
+        return
+    last = 0
+    for e, value in enumerate(map(int, offsets)):
+        if not last <= value <= rows or (value and not e):
+            raise ValueError(
+                f"{op}: offsets has value {value} at {e}, need ascending values from 0 to at most "
+                f"{rows}"
+            )
+        last = value
+
+
 def grouped_linear_ref(
     x: Tensor,
     weight: Tensor,
@@ -70,6 +86,7 @@ def grouped_linear_ref(
     if index is not None:
         check_range("grouped_linear", "index", index, 0, x.shape[0])
         x = x[index]
+    _check_ascending("grouped_linear", offsets, x.shape[0])
     rows, group = wide(x), _groups(offsets, x.shape[0])
     out = rows.new_zeros(x.shape[0], weight.shape[1])
     for e in range(weight.shape[0]):
@@ -86,6 +103,7 @@ def grouped_weight_grad_ref(
     if index is not None:
         check_range("grouped_weight_grad", "index", index, 0, x.shape[0])
         x = x[index]
+    _check_ascending("grouped_weight_grad", offsets, grad.shape[0])
     group, count = _groups(offsets, grad.shape[0]), offsets.shape[0] - 1
     out = [
         torch.where((group == e)[:, None], wide(grad), 0.0).T
@@ -220,6 +238,13 @@ def _check_offsets(op: str, offsets: Tensor, x: Tensor, groups: int | None) -> N
         check_shape(op, "offsets", offsets, (groups + 1,))
 
 
+def _check_rows(op: str, index: Tensor | None, x: Tensor) -> None:
+    if index is not None:
+        check_index(op, "index", index, x)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: index has shape {list(index.shape)}, need [rows]")
+
+
 def row_args(
     x: Tensor,
     weight: Tensor,
@@ -242,10 +267,7 @@ def row_args(
     if bias is not None:
         check_like(op, "bias", bias, x)
         check_shape(op, "bias", bias, (groups, out))
-    if index is not None:
-        check_index(op, "index", index, x)
-        if index.dim() != 1:
-            raise ValueError(f"{op}: index has shape {list(index.shape)}, need [rows]")
+    _check_rows(op, index, x)
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"{op}: activation is {activation!r}, need one of {names}")
@@ -266,8 +288,7 @@ def grad_args(
     check_like(op, "grad", grad, x)
     check_tensor(op, "grad", grad, dim=2)
     _check_offsets(op, offsets, x, None)
-    if index is not None:
-        check_index(op, "index", index, x)
+    _check_rows(op, index, x)
     rows = x.shape[0] if index is None else index.shape[0]
     check_shape(op, "grad", grad, (rows, grad.shape[1]))
     return grad, x, offsets, index
@@ -339,7 +360,9 @@ class _Grouped(torch.autograd.Function):
             if index is not None:
                 grad_x = torch.zeros_like(x).index_add_(0, index, grad_x)
         if ctx.needs_input_grad[3]:
-            grad_weight = grouped_weight_grad(grad, x, offsets, index=index)
+            rows_of_grad = {row.name for row in GRAD_IMPLS}
+            impl = ctx.impl if ctx.impl in rows_of_grad else None
+            grad_weight = grouped_weight_grad(grad, x, offsets, index=index, impl=impl)
         if bias is not None and ctx.needs_input_grad[5]:
             sums = wide(grad).new_zeros(groups + 1, grad.shape[1])
             grad_bias = sums.index_add_(0, group, wide(grad))[:groups].to(bias.dtype)

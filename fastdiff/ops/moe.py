@@ -17,7 +17,7 @@ All of it stays on the device: shapes depend on T, E and k alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Routing(NamedTuple):
 
     Attributes:
         weights: float32 ``[T, K]``, gates of the chosen experts; of a token with a NaN among its
-            logits, or an infinite one as its largest, all NaN: its output is NaN, and no other.
+            logits, or with "softmax" an infinite one as its largest, all NaN: its output is NaN,
+            and no other.
         experts: int64 ``[T, K]``, the highest logit first.
         order: int64 ``[T K]``, the slot ``t K + j`` of every row.
         position: int64 ``[T, K]``, the row of every slot; -1 where it is dropped.
@@ -272,13 +273,11 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        y, weights, position = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y, weights, position = ctx.saved_tensors
         k = position.shape[1]
-        grad_y = torch.zeros_like(y) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        grad_weights = torch.zeros_like(weights) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        grad_y = torch.zeros_like(y) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.zeros_like(weights) if ctx.needs_input_grad[1] else None
         for j in range(k):
             at = position[:, j]
             kept = (at >= 0)[:, None]
