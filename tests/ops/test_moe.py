@@ -393,18 +393,16 @@ def test_order_of_tokens_and_names_of_experts_do_not_matter(row):
         assert torch.equal(names[model.route(x).experts], routing.experts)
 
 
-@pytest.mark.parametrize("row", ["native", "ref"])
-def test_a_step_of_experts_can_be_captured(row):
+def test_a_step_of_experts_can_be_captured():
     """No host sync and no shape that hangs on values; the weights are tensors of outside."""
     model = layer(4, 2, capacity=9, activation="geglu", bias=True, renormalise=True)
     sample = torch.randn(2, 4)
 
     def step(x):
-        with torch.no_grad(), fastdiff.use(row, "ref"):
+        with torch.no_grad():
             return model(x, sample_logits=sample)
 
-    report = require(step, (torch.randn(2, 9, 16),))
-    assert report.ok and report.ops > 5 or row == "native"
+    assert require(step, (torch.randn(2, 9, 16),)).ok
 
 
 # ---- gradients -----------------------------------------------------------------------------------
