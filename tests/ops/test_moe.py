@@ -395,16 +395,21 @@ def test_order_of_tokens_and_names_of_experts_do_not_matter(row):
 
 @pytest.mark.parametrize("row", ["native", "ref"])
 def test_a_step_of_experts_can_be_captured(row):
-    """No host sync and no shape that hangs on values; the weights are tensors of outside."""
-    model = layer(4, 2, capacity=9, activation="geglu", bias=True, renormalise=True)
+    """No host sync and no shape that hangs on values; the weights are tensors of outside.
+
+    The step is seen as one on a GPU: native rows need their kernels in its library.
+    """
+    for op in ("moe_route", "grouped_linear", "moe_combine") if row == "native" else ():
+        if fastdiff._native._C.why_not_gpu(op):
+            pytest.skip(fastdiff._native._C.why_not_gpu(op))
+    model = layer(4, 2, capacity=9, activation="geglu", bias=True, renormalise=True).bfloat16()
     sample = torch.randn(2, 4)
 
     def step(x):
         with torch.no_grad(), fastdiff.use(row, "ref"):
             return model(x, sample_logits=sample)
 
-    report = require(step, (torch.randn(2, 9, 16),))
-    assert report.ok and report.ops > 5 or row == "native"
+    assert require(step, (torch.randn(2, 9, 16).bfloat16(),)).ok
 
 
 # ---- gradients -----------------------------------------------------------------------------------
