@@ -35,6 +35,15 @@ class Routed(NamedTuple):
         return ops.load_balance_loss(self.logits, self.experts, gate=self.gate)
 
 
+class Weights(NamedTuple):
+    """Of some experts, stacked, as :class:`MoE` has them of all."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
 _routes: ContextVar[list[Routed] | None] = ContextVar("fastdiff_routes", default=None)
 
 
@@ -163,13 +172,19 @@ class MoE(nn.Module):
                 found.append(Routed(full, routing.experts, routing.counts, self.gate))
         return routing
 
-    def experts_of(self, x: Tensor, routing: ops.Routing) -> Tensor:
-        """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``."""
+    def weights(self) -> Weights:
+        """The experts' own."""
+        return Weights(self.up, self.down, self.up_bias, self.down_bias)
+
+    def experts_of(self, x: Tensor, routing: ops.Routing, weights: Weights | None = None) -> Tensor:
+        """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``. ``weights`` of as
+        many experts as the routing has offsets for, in place of the layer's own."""
+        w = self.weights() if weights is None else weights
         h = ops.grouped_linear(
-            x, self.up, routing.offsets, bias=self.up_bias, index=routing.tokens,
+            x, w.up, routing.offsets, bias=w.up_bias, index=routing.tokens,
             activation=self.activation,
         )  # fmt: skip
-        y = ops.grouped_linear(h, self.down, routing.offsets, bias=self.down_bias)
+        y = ops.grouped_linear(h, w.down, routing.offsets, bias=w.down_bias)
         return ops.moe_combine(y, routing.weights, routing.position)
 
     def forward(
