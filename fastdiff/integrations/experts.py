@@ -39,9 +39,7 @@ def why_not(module: Any) -> str | None:
                 or type(w) is not nn.Parameter
                 or layer.bias is not None
             ):
-                return (
-                    f"has {type(layer).__name__} in its experts, which keeps its weight otherwise"
-                )
+                return f"has {class_name(layer)} in its experts, need plain nn.Linear"
             if w.is_meta or (w.dtype, w.device) != (first.dtype, first.device):
                 return f"has experts in {w.dtype} on {w.device}, and in {first.dtype}"
     return None
