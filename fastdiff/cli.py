@@ -20,6 +20,7 @@ from fastdiff._memory import keep_memory
 
 MODELS = ("dit-digits", "unet-digits")  # bundled with the package; the default of sample
 SCENES = "dit-scenes"  # bundled as well
+EXPERTS = "dit-moe-digits"  # trained by a person
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -168,9 +169,17 @@ def _add_tune(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
     _drawing(p)
 
-    p = commands.add_parser("report", help="draw what a run with a cache computed and reused")
+    p = commands.add_parser(
+        "report", help="draw what a run with a cache computed and reused, or which experts it used"
+    )
     p.add_argument("--model", required=True, help=name)
-    p.add_argument("--cache", type=_policy, required=True, help="as in fastdiff sample")
+    p.add_argument("--cache", type=_policy, help="as in fastdiff sample")
+    p.add_argument(
+        "--experts",
+        action="store_true",
+        help="of a model of experts, in place of --cache: each expert's share of tokens, by layer "
+        "and noise level",
+    )
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
     p.add_argument("--out", type=Path, default=Path("report.png"), help="PNG file")
@@ -222,7 +231,7 @@ def parser() -> Parser:
     _add_tune(commands)
 
     p = commands.add_parser("train", help="train one of the small models on digits, on the CPU")
-    p.add_argument("name", nargs="?", choices=(*MODELS, SCENES))
+    p.add_argument("name", nargs="?", choices=(*MODELS, EXPERTS, SCENES))
     p.add_argument(
         "--data", choices=("digits", "scenes"), help=f"scenes: {SCENES}, in place of its name"
     )
@@ -231,6 +240,15 @@ def parser() -> Parser:
     p.add_argument("--batch", type=_whole(1, 65_536), default=64)
     p.add_argument("--lr", type=_finite(0, 1), default=1e-3)
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
+    p.add_argument("--experts", type=_whole(1, 64), help=f"of a block of {EXPERTS} (default: 8)")
+    p.add_argument(
+        "--top-k", type=_whole(1, 64), help=f"experts of a token of {EXPERTS} (default: 2)"
+    )
+    p.add_argument(
+        "--balance",
+        type=_finite(0, 1000),
+        help="factor of the loss that keeps experts in even use (default: 0.01)",
+    )
     p.add_argument("--resume", help="a checkpoint to go on from: its path or name")
     p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
 
@@ -274,13 +292,25 @@ def train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     name = args.name or (SCENES if args.data == "scenes" else None)
+    wanted = {"--experts": args.experts, "--top-k": args.top_k, "--balance": args.balance}
+    given = [option for option, value in wanted.items() if value is not None]
+    if given and name is None:
+        name = EXPERTS
+    if given and name != EXPERTS:
+        raise UsageError(f"{given[0]} is given, which {name} does not have; need {EXPERTS}")
     if name is None:
-        raise UsageError(f"train: no name is given, need {', '.join(MODELS)} or {SCENES}")
+        raise UsageError(
+            f"train: no name is given, need {', '.join((*MODELS, EXPERTS))} or {SCENES}"
+        )
     if args.data is not None and (args.data == "scenes") != (name == SCENES):
         raise UsageError(f"--data is {args.data}, which {name} is not trained on")
     recipe = Recipe(
         minutes=args.minutes, batch=args.batch, lr=args.lr, seed=args.seed, resume=args.resume
     )
+    if args.balance is not None:
+        recipe.balance = args.balance
+    sizes = {"experts": args.experts, "k": args.top_k}
+    recipe.config = {key: value for key, value in sizes.items() if value is not None}
     try:
         run_training(name, args.out, recipe, command=" ".join(["fastdiff", *sys.argv[1:]]))
     except ImportError as error:  # the data's package is an optional dependency

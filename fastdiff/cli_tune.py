@@ -111,9 +111,19 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Run a model with a cache, print the summary and draw what was computed."""
+    """Run a model and draw what was computed: with a cache, or by which experts."""
     _check_png("--out", args.out)
+    if args.experts == (args.cache is not None):
+        raise UsageError("report: need one of --cache and --experts")
     job = Job(args.model, args)
+    if args.experts:
+        use = pictures.expert_use(job.model, lambda: job.draw(job.model, args.steps, job.name))
+        pictures.expert_map(use, args.out)
+        print(f"{args.model}, {job.sampler}, {args.steps} steps")
+        for i, layer in enumerate(use.shares.mean(0).tolist()):
+            print(f"layer {i}: " + " ".join(f"{share:.1%}" for share in layer))
+        print(f"drawn: {args.out}")
+        return 0
     with fastdiff.accelerated(job.model, cache=args.cache, exact=False) as model:
         job.draw(model, args.steps, job.name)
         acceleration: Any = acceleration_of(model)

@@ -1,12 +1,17 @@
-"""What a run computed, reused and forecast, as a picture: steps across, parts down."""
+"""What a run did, as a picture: what it computed, reused and forecast, steps across, parts down; or
+which experts it used, by layer and noise level."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from fastdiff.engine.request import Event, Request
+from fastdiff.nn import routes
 
 MARK = "fastdiff"  # the Software field of the PNGs drawn here
 # What a cell can show, in the legend's order; "mixed": some samples or calls of the step computed,
@@ -125,4 +130,76 @@ def heat_map(run: Request, path: str | Path) -> None:
         handles=[Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in seen],
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), frameon=False,
     )  # fmt: skip
+    save_figure(figure, path)
+
+
+class ExpertUse(NamedTuple):
+    """Shares of the tokens' choices that fell on each expert.
+
+    Attributes:
+        times: ``[N]``, noise levels as the model was called with, descending.
+        shares: ``[N, layers, E]``; those of a layer at a level add up to 1.
+    """
+
+    times: Tensor
+    shares: Tensor
+
+
+def expert_use(model: nn.Module, run: Callable[[], object]) -> ExpertUse:
+    """What the experts of ``model`` did in ``run()``, whose calls of it are ``model(x, t, ...)``.
+
+    Raises:
+        ValueError: no layer of experts ran, or layers differ in their number of experts.
+    """
+    seen: list[float] = []
+
+    def call(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(float(args[1].float().mean()))
+
+    hook = model.register_forward_pre_hook(call)
+    try:
+        with routes() as found:
+            run()
+    finally:
+        hook.remove()
+    widths = {len(layer.counts) for layer in found}
+    if not seen or len(widths) != 1 or len(found) % len(seen):
+        raise ValueError(
+            f"expert_use: model is {type(model).__name__}, in which {len(found)} layers of experts "
+            f"ran in {len(seen)} calls; need one with the same layers, of as many experts, in each"
+        )
+    counts = torch.stack([layer.counts.cpu() for layer in found]).double()
+    counts = counts.view(len(seen), -1, widths.pop())
+    times, which = torch.tensor(seen).unique(return_inverse=True)
+    total = torch.zeros(len(times), *counts.shape[1:], dtype=torch.float64)
+    total.index_add_(0, which, counts)
+    shares = total / total.sum(-1, keepdim=True)
+    return ExpertUse(times.flip(0), shares.flip(0).float())
+
+
+def expert_map(use: ExpertUse, path: str | Path) -> None:
+    """Draw ``use`` into ``path`` (PNG, SVG or PDF by the name): a panel for each layer, noise
+    levels across, shares of the experts above one another.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    layers = use.shares.shape[1]
+    columns = min(4, layers)
+    rows = -(-layers // columns)
+    figure = new_figure("expert_map", (1 + 2.6 * columns, 0.8 + 1.7 * rows))
+    every = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    times = use.times.tolist()
+    for i, axes in enumerate(every):
+        if i >= layers:
+            axes.set_visible(False)
+            continue
+        bands = axes.stackplot(times, use.shares[:, i].T.tolist())
+        axes.set(title=f"layer {i}", ylim=(0, 1))
+        if len(times) > 1:
+            axes.set_xlim(times[0], times[-1])  # noise on the left, as a run goes
+    names = [f"expert {e}" for e in range(use.shares.shape[2])]
+    figure.legend(bands, names, loc="outside lower center", ncols=min(8, len(names)), frameon=False)
+    figure.supxlabel("noise level (model time)")
+    figure.supylabel("share of choices")
     save_figure(figure, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import data
-from fastdiff.models.baseline import PlainDiT, PlainUNet
+from fastdiff import nn as blocks
+from fastdiff.models.baseline import PlainDiT, PlainDiTMoE, PlainUNet
 from fastdiff.models.checkpoint import load, save
 
 TRAIN_STEPS = 1000  # diffusion times run over 0..TRAIN_STEPS
@@ -36,6 +37,22 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
             num_classes=data.CLASSES,
             learn_sigma=False,
             prediction="flow",
+        ),
+    ),
+    "dit-moe-digits": (
+        PlainDiTMoE,
+        dict(
+            input_size=32,
+            patch_size=4,
+            in_channels=1,
+            hidden_size=96,
+            depth=4,
+            num_heads=3,
+            num_classes=data.CLASSES,
+            learn_sigma=False,
+            prediction="flow",
+            experts=8,
+            k=2,
         ),
     ),
     "dit-scenes": (
@@ -73,15 +90,18 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 # How to sample a network, for its card.
 SAMPLING: dict[str, dict[str, Any]] = {
     "dit-digits": dict(sampler="flow_euler", steps=50, guidance=3.0),
+    "dit-moe-digits": dict(sampler="flow_euler", steps=50, guidance=3.0),
     "dit-scenes": dict(sampler="flow_euler", steps=28, guidance=2.0),
     "unet-digits": dict(sampler="ddim", steps=50, guidance=2.0, clip=1.0),
 }
+EXPERTS = ("experts", "k")  # settings of a network that a recipe may choose
 WINDOWS, WINDOW = 0.8, 26  # share of the time on parts of scenes, and their side in pixels
 
 
 @dataclass
 class Recipe:
-    """How to train. ``resume`` goes on from averaged weights, with a new optimiser."""
+    """How to train. ``resume`` goes on from averaged weights, with a new optimiser; ``balance`` is
+    the factor of the experts' balance losses, ``config`` what differs from the network's own."""
 
     minutes: float = 30.0
     batch: int = 32
@@ -93,6 +113,8 @@ class Recipe:
     seed: int = 0
     save_minutes: float = 3.0
     resume: str | None = None
+    balance: float = 0.01
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def linear_alpha_bar(steps: int = TRAIN_STEPS) -> Tensor:
@@ -127,7 +149,12 @@ def _scenes(recipe: Recipe, share: float) -> tuple[Tensor, Tensor, dict[str, Any
 
 
 # What a network is trained on.
-BATCHES = {"dit-digits": _digits, "dit-scenes": _scenes, "unet-digits": _digits}
+BATCHES = {
+    "dit-digits": _digits,
+    "dit-moe-digits": _digits,
+    "dit-scenes": _scenes,
+    "unet-digits": _digits,
+}
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor, **more: Any) -> Tensor:
@@ -170,17 +197,27 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
         The card.
 
     Raises:
-        ValueError: no such network.
+        ValueError: no such network, or ``recipe.config`` does not fit it.
     """
     if name not in NETWORKS:
         raise ValueError(f"train: name is {name!r}, need one of {', '.join(NETWORKS)}")
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
-    kind, config = NETWORKS[name]
+    kind, own = NETWORKS[name]
+    config = own | recipe.config
     model = kind(**config)
     before = {"steps": 0, "minutes": 0.0}
     if recipe.resume:
         old, card = load(recipe.resume, plain=True)
+        had = card["config"]
+        other = [k for k in recipe.config if had.get(k) != recipe.config[k]]
+        if other:
+            raise ValueError(
+                f"train: resume has {other[0]} {had.get(other[0])}, need "
+                f"{recipe.config[other[0]]}, as asked for"
+            )
+        config = config | {k: had[k] for k in EXPERTS if k in had}
+        model = kind(**config)
         model.load_state_dict(old.state_dict())
         before = {k: card["training"][k] for k in before}
     source = data.SOURCE
@@ -195,6 +232,7 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
     out, start = Path(out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     step, running, saved, card = 0, float("nan"), start, {}
+    evenness: float | None = None  # of the experts' use, 1 the best; None without experts
 
     def write() -> dict:
         minutes = (time.monotonic() - start) / 60
@@ -211,6 +249,8 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
             lr=recipe.lr,
             ema=recipe.ema,
         )
+        if evenness is not None:
+            training |= dict(balance=recipe.balance, evenness=round(evenness, 4))
         average_model = kind(**config)
         average_model.load_state_dict(average)
         shape = dict(channels=1, image_size=config.get("input_size", data.SIZE))
@@ -224,8 +264,14 @@ def train(name: str, out: str | Path, recipe: Recipe | None = None, *, command: 
         for group in optimizer.param_groups:
             group["lr"] = lr
         x, y, more = BATCHES[name](recipe, share)
-        loss = loss_of(model, x, y, alpha_bar, **more)
-        loss.backward()
+        with blocks.routes() as routed:
+            loss = loss_of(model, x, y, alpha_bar, **more)
+        whole = loss
+        if routed and recipe.balance:
+            balance = blocks.balance_loss(routed)
+            whole = loss + recipe.balance * balance
+            evenness = balance.item() / len(routed)
+        whole.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

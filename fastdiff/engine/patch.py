@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -29,6 +30,11 @@ class Patch:
 
     def __init__(self) -> None:
         self._changes: list[tuple[Any, str, Any, Any]] = []  # target, name, old, new
+        self._after: list[Callable[[], None]] = []
+
+    def on_undo(self, do: Callable[[], None]) -> None:
+        """``do()`` once all attributes are as they were: for what is no attribute."""
+        self._after.append(do)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """``target.name = value`` in the instance's dictionary. A function keeps the signature of
@@ -72,3 +78,5 @@ class Patch:
                 target.__dict__.pop(name, None)
             else:  # a hook came later
                 target.__dict__[place] = MethodType(type(target).forward, target)
+        while self._after:
+            self._after.pop()()

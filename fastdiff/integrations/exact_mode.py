@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from fastdiff.engine.patch import Patch
-from fastdiff.integrations import attentions, blocks, convolutions, layers
+from fastdiff.integrations import attentions, blocks, convolutions, experts, layers
 from fastdiff.integrations.rules import class_name
 
-RULES = {**layers.RULES, **attentions.RULES, **blocks.RULES, **convolutions.RULES}
+RULES = {
+    **layers.RULES,
+    **attentions.RULES,
+    **blocks.RULES,
+    **convolutions.RULES,
+    **experts.RULES,
+}
 VERSION = "0.42"  # of diffusers, whose forwards the rules stand in for
 
 
@@ -25,7 +32,7 @@ def _why_left(module: nn.Module) -> str | None:
         found = getattr(sys.modules["diffusers"], "__version__", "")
         if found.split(".")[:2] != VERSION.split("."):
             return f"is of diffusers {found}; its rule was written for {VERSION}"
-    return None
+    return experts.why_not(module) if name in experts.RULES else None
 
 
 def exact(network: nn.Module, patch: Patch) -> list[str]:
@@ -56,6 +63,9 @@ def exact(network: nn.Module, patch: Patch) -> list[str]:
             left[kind, why] += 1
         else:
             patch.set(module, "forward", MethodType(rule, module))
+            if class_name(module) in experts.RULES:
+                patch.on_undo(partial(experts.unstack, module))
+                experts.stack(module)
             other = attentions.why_left(module) if class_name(module) in attentions.RULES else None
             if other is None:
                 changed[kind, op] += 1

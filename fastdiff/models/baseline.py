@@ -1,7 +1,7 @@
-"""The same two networks in ordinary torch: the baseline to compare against, and what training runs.
+"""The same networks in ordinary torch: the baseline to compare against, and what training runs.
 
-``PlainDiT`` and ``PlainUNet`` hold the parameters of :class:`~fastdiff.models.DiT` and
-:class:`~fastdiff.models.UNet` (state dicts interchange) and compute with ``F.linear``,
+``PlainDiT``, ``PlainDiTMoE`` and ``PlainUNet`` hold the parameters of the network of that name
+(state dicts interchange) and compute with ``F.linear``,
 ``F.scaled_dot_product_attention``, ``F.layer_norm`` and ``F.group_norm`` alone.
 """
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastdiff.models._embed import check_inputs, timestep_embedding, weight_dtype
 from fastdiff.models.dit import EPS, FREQUENCIES, DiT
+from fastdiff.models.dit_moe import DiTMoE
 from fastdiff.models.unet import Attention, Resnet, Transformer, UNet
 
 
@@ -54,9 +55,8 @@ class PlainDiT(DiT):
         for block in self.blocks:
             mods = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = mods
-            h = h + gate_1 * self._attention(block.attn, self._norm(h, shift_1, scale_1))
-            n = block.mlp.fc1(self._norm(h, shift_2, scale_2))
-            h = h + gate_2 * block.mlp.fc2(F.gelu(n, approximate="tanh"))
+            h = h + gate_1 * self._attention(block, self._norm(h, shift_1, scale_1))
+            h = h + gate_2 * self._mlp(block, self._norm(h, shift_2, scale_2))
         shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         out = self.final_layer.linear(self._norm(h, shift, scale))
         return self.unpatchify(out, x.shape[2], x.shape[3]).to(x.dtype)
@@ -65,9 +65,36 @@ class PlainDiT(DiT):
     def _norm(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(h, h.shape[-1:], eps=EPS) * (1 + scale) + shift
 
-    def _attention(self, attn: Any, h: Tensor) -> Tensor:
-        q, k, v = attn.qkv(h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def _attention(self, block: Any, h: Tensor) -> Tensor:
+        q, k, v = self._heads(block, h)
+        return block.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _heads(self, block: Any, h: Tensor) -> Any:
+        return block.attn.qkv(h).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _mlp(self, block: Any, h: Tensor) -> Tensor:
+        return block.mlp.fc2(F.gelu(block.mlp.fc1(h), approximate="tanh"))
+
+
+class PlainDiTMoE(PlainDiT, DiTMoE):
+    """:class:`~fastdiff.models.DiTMoE` in plain torch: expert after expert, on the tokens that
+    chose it, whose number the host waits for."""
+
+    def _heads(self, block: Any, h: Tensor) -> Any:
+        q, k, v = super()._heads(block, h)
+        return *self.norm_heads(block, q, k), v
+
+    def _mlp(self, block: Any, h: Tensor) -> Tensor:
+        moe, tokens = block.moe, h.flatten(0, 1)
+        routing = moe.route(tokens)
+        out = tokens.new_zeros(tokens.shape, dtype=routing.weights.dtype)
+        for e in range(moe.up.shape[0]):
+            token, j = (routing.experts == e).nonzero(as_tuple=True)
+            found = F.linear(_swiglu(F.linear(tokens[token], moe.up[e])), moe.down[e])
+            out = out.index_add(0, token, routing.weights[token, j, None] * found)
+        shared = moe.shared
+        every = F.linear(_swiglu(F.linear(tokens, shared.up)), shared.down)
+        return (out.to(every.dtype) + every).view(h.shape)
 
 
 class PlainUNet(UNet):
@@ -109,10 +136,16 @@ class PlainUNet(UNet):
 
 def plain(model: DiT | UNet) -> DiT | UNet:
     """The network of ``model`` in plain torch, on the same parameter tensors."""
+    kind: type[DiT | UNet] = PlainDiT if isinstance(model, DiT) else PlainUNet
     with torch.device("meta"):
-        twin = (PlainDiT if isinstance(model, DiT) else PlainUNet)(**model.config)
+        twin = (PlainDiTMoE if isinstance(model, DiTMoE) else kind)(**model.config)
     twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return twin.train(model.training)
+
+
+def _swiglu(u: Tensor) -> Tensor:
+    gate, h = u.chunk(2, dim=-1)
+    return F.silu(gate) * h
 
 
 def _resnet(block: Resnet, x: Tensor, time: Tensor) -> Tensor:

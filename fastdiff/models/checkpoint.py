@@ -12,12 +12,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fastdiff.models.baseline import PlainDiT, PlainUNet
+from fastdiff.models.baseline import PlainDiT, PlainDiTMoE, PlainUNet
 from fastdiff.models.dit import DiT
+from fastdiff.models.dit_moe import DiTMoE
 from fastdiff.models.unet import UNet
 
 FOLDER = Path(__file__).parent.parent / "checkpoints"
-NETWORKS = {"dit": (DiT, PlainDiT), "unet": (UNet, PlainUNet)}
+# A subclass stands before its base: a network is saved as the first that it is.
+NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "dit-moe": (DiTMoE, PlainDiTMoE),
+    "dit": (DiT, PlainDiT),
+    "unet": (UNet, PlainUNet),
+}
 
 
 def names() -> list[str]:

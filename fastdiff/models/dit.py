@@ -235,11 +235,16 @@ class DiT(nn.Module):
     def attend(self, block: _Block, h: Tensor) -> Tensor:
         """Self-attention of one block: ``[B, N, D]`` -> ``[B, N, D]``."""
         b, n, d = h.shape
-        attn = block.attn
-        qkv = ops.linear(h, attn.qkv.weight, attn.qkv.bias)
+        proj = block.attn.proj
+        out = self.attention(block, *self.heads(block, h)).transpose(1, 2).reshape(b, n, d)
+        return ops.linear(out, proj.weight, proj.bias)
+
+    def heads(self, block: _Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of one block: ``[B, N, D]`` -> ``[B, H, N, D/H]`` each."""
+        b, n, d = h.shape
+        qkv = ops.linear(h, block.attn.qkv.weight, block.attn.qkv.bias)
         q, k, v = qkv.view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = self.attention(block, q, k, v).transpose(1, 2).reshape(b, n, d)
-        return ops.linear(out, attn.proj.weight, attn.proj.bias)
+        return q, k, v
 
     def attention(self, block: _Block, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """Softmax attention of one block: ``[B, H, N, D/H]`` each, and as much out."""

@@ -2,11 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.ops.grouped_linear import ACTIVATIONS, GATED
+from fastdiff.ops.grouped_linear import ACTIVATIONS, GATED, activate
+from fastdiff.ops.moe import logits_of
+
+
+class Routed(NamedTuple):
+    """What one layer of experts chose in one call.
+
+    Attributes:
+        logits: ``[T, E]``, those of tokens and samples together.
+        experts: int64 ``[T, K]``.
+        counts: int64 ``[E]``, slots that chose each expert.
+        gate: as in ``ops.moe_route``.
+    """
+
+    logits: Tensor
+    experts: Tensor
+    counts: Tensor
+    gate: str
+
+    def balance(self) -> Tensor:
+        """``ops.load_balance_loss`` of the layer: 1 where its experts share the tokens evenly."""
+        return ops.load_balance_loss(self.logits, self.experts, gate=self.gate)
+
+
+class Weights(NamedTuple):
+    """Of some experts, stacked, as :class:`MoE` has them of all."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+_routes: ContextVar[list[Routed] | None] = ContextVar("fastdiff_routes", default=None)
+
+
+@contextmanager
+def routes() -> Iterator[list[Routed]]:
+    """In the block, what every layer of experts chooses is added to the list, in the order of
+    calls. Calls of a compiled function, or of an ``ExpertCache``, add nothing."""
+    found: list[Routed] = []
+    token = _routes.set(found)
+    try:
+        yield found
+    finally:
+        _routes.reset(token)
+
+
+def balance_loss(found: Sequence[Routed]) -> Tensor:
+    """The sum of the layers' balance losses, to be added to a training loss with a small factor.
+
+    Raises:
+        ValueError: ``found`` is empty.
+    """
+    if not found:
+        raise ValueError("balance_loss: found is empty, need what nn.routes() gave of a call")
+    return torch.stack([layer.balance() for layer in found]).sum()
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(g) * h)`` with ``[g, h] = up x``, no biases: what all tokens go through.
+
+    Attributes:
+        up, down: ``[2F, C]`` and ``[C, F]``.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(2 * hidden, width))
+        self.down = nn.Parameter(torch.empty(width, hidden))
+        for weight in (self.up, self.down):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(activate(ops.linear(x, self.up), "swiglu"), self.down)
 
 
 class MoE(nn.Module):
@@ -80,19 +159,32 @@ class MoE(nn.Module):
                     "MoE: logits is None and the layer has no router, need one of them"
                 )
             wide = torch.promote_types(x.dtype, torch.float32)
-            logits = nn.functional.linear(x.to(wide), self.router.to(wide))
-        return ops.moe_route(
+            with torch.autocast(x.device.type, enabled=False):  # a rounded logit changes experts
+                logits = nn.functional.linear(x.to(wide), self.router.to(wide))
+        routing = ops.moe_route(
             logits, self.k, sample_logits=sample_logits, gate=self.gate,
             renormalise=self.renormalise, capacity=self.capacity,
         )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            found = _routes.get()
+            if found is not None:
+                full = logits_of(logits, sample_logits)
+                found.append(Routed(full, routing.experts, routing.counts, self.gate))
+        return routing
 
-    def experts_of(self, x: Tensor, routing: ops.Routing) -> Tensor:
-        """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``."""
+    def weights(self) -> Weights:
+        """The experts' own."""
+        return Weights(self.up, self.down, self.up_bias, self.down_bias)
+
+    def experts_of(self, x: Tensor, routing: ops.Routing, weights: Weights | None = None) -> Tensor:
+        """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``. ``weights`` of as
+        many experts as the routing has offsets for, in place of the layer's own."""
+        w = self.weights() if weights is None else weights
         h = ops.grouped_linear(
-            x, self.up, routing.offsets, bias=self.up_bias, index=routing.tokens,
+            x, w.up, routing.offsets, bias=w.up_bias, index=routing.tokens,
             activation=self.activation,
         )  # fmt: skip
-        y = ops.grouped_linear(h, self.down, routing.offsets, bias=self.down_bias)
+        y = ops.grouped_linear(h, w.down, routing.offsets, bias=w.down_bias)
         return ops.moe_combine(y, routing.weights, routing.position)
 
     def forward(

@@ -120,4 +120,18 @@ def wan():
     return draw_weights(model), (draw(2, 4, 2, 8, 12),), kwargs
 
 
+def hidream(**more):
+    model = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, caption_channels=[24, 20], text_emb_dim=12, num_routed_experts=4,
+        num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(16, 16),
+        llama_layers=[0, 1, 1], **more,
+    )  # fmt: skip
+    kwargs = dict(
+        timesteps=torch.tensor([10, 900]), encoder_hidden_states_t5=draw(2, 5, 24, seed=2),
+        encoder_hidden_states_llama3=draw(2, 2, 7, 20, seed=3), pooled_embeds=draw(2, 12, seed=4),
+    )  # fmt: skip
+    return draw_weights(model), (draw(2, 4, 16, 16),), kwargs
+
+
 NETWORKS = (dit, pixart, sd3, sd35, flux, unet, unet_scale_shift, sd15, sdxl, wan)
