@@ -199,7 +199,7 @@ def expert_map(use: ExpertUse, path: str | Path) -> None:
         if len(times) > 1:
             axes.set_xlim(times[0], times[-1])  # noise on the left, as a run goes
     names = [f"expert {e}" for e in range(use.shares.shape[2])]
-    figure.legend(bands, names, loc="outside lower center", ncols=min(8, len(names)), frameon=False)
+    figure.legend(bands, names, loc="outside upper center", ncols=min(8, len(names)), frameon=False)
     figure.supxlabel("noise level (model time)")
     figure.supylabel("share of choices")
     save_figure(figure, path)

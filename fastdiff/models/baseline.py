@@ -88,9 +88,10 @@ class PlainDiTMoE(PlainDiT, DiTMoE):
         moe, tokens = block.moe, h.flatten(0, 1)
         routing = moe.route(tokens)
         out = tokens.new_zeros(tokens.shape, dtype=routing.weights.dtype)
-        for e in range(moe.up.shape[0]):
+        # Not moe.up[e], whose gradient is as large as all experts'.
+        for e, (up, down) in enumerate(zip(moe.up.unbind(), moe.down.unbind(), strict=True)):
             token, j = (routing.experts == e).nonzero(as_tuple=True)
-            found = F.linear(_swiglu(F.linear(tokens[token], moe.up[e])), moe.down[e])
+            found = F.linear(_swiglu(F.linear(tokens[token], up)), down)
             out = out.index_add(0, token, routing.weights[token, j, None] * found)
         shared = moe.shared
         every = F.linear(_swiglu(F.linear(tokens, shared.up)), shared.down)
