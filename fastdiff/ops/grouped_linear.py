@@ -330,6 +330,37 @@ def grouped_weight_grad(
     return pick("grouped_weight_grad", GRAD_IMPLS, impl, *args)(*args)
 
 
+def _activation_grad(u: Tensor | None, grad: Tensor, activation: str | None) -> Tensor:
+    """The gradient of ``u`` from that of ``activate(u)``."""
+    if u is None:
+        return grad
+    if activation not in GATED:
+        if activation == "silu":
+            return torch.ops.aten.silu_backward(grad, u)
+        form = "tanh" if activation == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_backward(grad, u, approximate=form)
+    first = activation == "swiglu"  # the half that the activation takes
+    halves, out = u.chunk(2, -1), torch.empty_like(u)
+    gate, other = halves[not first], halves[first]
+    to_gate, to_other = (out.chunk(2, -1)[i] for i in (not first, first))
+    if activation == "geglu":
+        to_other.copy_(grad * F.gelu(gate))
+        to_gate.copy_(torch.ops.aten.gelu_backward(grad * other, gate))
+    else:
+        to_other.copy_(grad * F.silu(gate))
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * other, gate))
+    return out
+
+
+def _clear(y: Tensor, offsets: Tensor) -> Tensor:
+    """``y`` with 0 in the rows past the last group."""
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        y[int(offsets[-1]) :] = 0.0  # there is nothing to wait for
+        return y
+    live = torch.arange(y.shape[0], device=y.device) < offsets[-1]
+    return torch.where(live[:, None], y, 0.0)
+
+
 class _Grouped(torch.autograd.Function):
     """Keeps x and u; what the activation gives is computed again where the gradient needs it."""
 
@@ -345,18 +376,12 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, bias, index, u = ctx.saved_tensors
-        if ctx.activation is not None:
-            with torch.enable_grad():
-                leaf = u.detach().requires_grad_()
-                (grad,) = torch.autograd.grad(activate(leaf, ctx.activation), leaf, grad)
-        rows, groups = grad.shape[0], weight.shape[0]
-        group = _groups(offsets, rows)
-        grad = torch.where((group < groups)[:, None], grad, 0.0)
+        grad = _activation_grad(u, grad, ctx.activation)
+        groups = weight.shape[0]
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
             args = (grad, weight.transpose(1, 2), offsets, None, None, None)
-            grad_x = pick("grouped_linear", IMPLS, ctx.impl, *args)(*args)
-            grad_x = torch.where((group < groups)[:, None], grad_x, 0.0)
+            grad_x = _clear(pick("grouped_linear", IMPLS, ctx.impl, *args)(*args), offsets)
             if index is not None:
                 grad_x = torch.zeros_like(x).index_add_(0, index, grad_x)
         if ctx.needs_input_grad[3]:
@@ -365,7 +390,8 @@ class _Grouped(torch.autograd.Function):
             grad_weight = grouped_weight_grad(grad, x, offsets, index=index, impl=impl)
         if bias is not None and ctx.needs_input_grad[5]:
             sums = wide(grad).new_zeros(groups + 1, grad.shape[1])
-            grad_bias = sums.index_add_(0, group, wide(grad))[:groups].to(bias.dtype)
+            sums.index_add_(0, _groups(offsets, grad.shape[0]), wide(grad))
+            grad_bias = sums[:groups].to(bias.dtype)
         return None, None, grad_x, grad_weight, None, grad_bias, None
 
 
