@@ -70,6 +70,12 @@ def balance_loss(found: Sequence[Routed]) -> Tensor:
     return torch.stack([layer.balance() for layer in found]).sum()
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that linear layers compute in here."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class SwiGLU(nn.Module):
     """``down(silu(g) * h)`` with ``[g, h] = up x``, no biases: what all tokens go through.
 
@@ -85,7 +91,9 @@ class SwiGLU(nn.Module):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(activate(ops.linear(x, self.up), "swiglu"), self.down)
+        x = _autocast(x)
+        h = activate(ops.linear(x, self.up.to(x.dtype)), "swiglu")
+        return ops.linear(h, self.down.to(x.dtype))
 
 
 class MoE(nn.Module):
@@ -179,7 +187,9 @@ class MoE(nn.Module):
     def experts_of(self, x: Tensor, routing: ops.Routing, weights: Weights | None = None) -> Tensor:
         """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``. ``weights`` of as
         many experts as the routing has offsets for, in place of the layer's own."""
-        w = self.weights() if weights is None else weights
+        x = _autocast(x)
+        own = self.weights() if weights is None else weights
+        w = Weights(*(t if t is None else t.to(x.dtype) for t in own))
         h = ops.grouped_linear(
             x, w.up, routing.offsets, bias=w.up_bias, index=routing.tokens,
             activation=self.activation,

@@ -211,3 +211,16 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             layer(**change)
+
+
+def test_autocast_computes_experts_in_its_dtype():
+    """As linear layers do; the router stays in float32."""
+    torch.manual_seed(0)
+    moe, x = MoE(16, 8, 4, 2, bias=True, shared=SwiGLU(16, 8)), torch.randn(3, 5, 16)
+    want = moe(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = moe(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=3e-2, atol=3e-2)
+    got.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in moe.parameters())
