@@ -189,7 +189,8 @@ class MoE(nn.Module):
         many experts as the routing has offsets for, in place of the layer's own."""
         x = _autocast(x)
         own = self.weights() if weights is None else weights
-        w = Weights(*(t if t is None else t.to(x.dtype) for t in own))
+        biases = (t if t is None else t.to(x.dtype) for t in own[2:])
+        w = Weights(own.up.to(x.dtype), own.down.to(x.dtype), *biases)
         h = ops.grouped_linear(
             x, w.up, routing.offsets, bias=w.up_bias, index=routing.tokens,
             activation=self.activation,
