@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(kThreads) moe_combine_rows(MoeCombineArgs a, i
     const int64_t row = a.position[t * a.K + j];
     const bool inside = row >= 0 && row < a.R;
     const float weight = inside ? a.weights[t * a.K + j] : 0.0f;
-    const T* from = static_cast<const T*>(a.y) + row * a.C + c;
-    const Bits pack = inside ? *reinterpret_cast<const Bits*>(from) : Bits{};
+    const T* y = static_cast<const T*>(a.y);
+    const Bits pack = inside ? *reinterpret_cast<const Bits*>(y + row * a.C + c) : Bits{};
     T e[width];
     memcpy(e, &pack, sizeof(e));
 #pragma unroll
