@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) moe_combine_rows(MoeCombineArgs a, i
   const int64_t c = (piece % pieces * 32 + threadIdx.x % 32) * width;
   if (t >= a.T || c >= a.C) return;
   float sum[width] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t j = 0; j < a.K; ++j) {
     const int64_t row = a.position[t * a.K + j];
     const bool inside = row >= 0 && row < a.R;

@@ -100,10 +100,9 @@ def test_tiles_of_128_rows(turned, activation):
     if turned:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     testing_simt.counters()
-    run((x, weight, offsets), {**kwargs, "activation": activation})
+    compare((x, weight, offsets), {**kwargs, "activation": activation})
     tiles = 319 // 128 + 3
     assert testing_simt.counters()["threads"] == 256 * tiles * 45
-    compare((x, weight, offsets), {**kwargs, "activation": activation})
 
 
 @pytest.mark.parametrize("activation", (None, "geglu"))
@@ -147,24 +146,14 @@ def test_sizes_of_zero():
 
 def test_many_experts():
     """More than a warp looks at together."""
-    lengths = [i % 3 for i in range(77)]
-    args, kwargs = make(lengths, 16, 24, torch.bfloat16)
-    compare(args, kwargs)
-    lengths = [0] * 40 + [3] + [0] * 30 + [70]
-    args, kwargs = make(lengths, 16, 24, torch.bfloat16)
-    compare(args, kwargs)
-
-
-@pytest.fixture
-def nan_in_fresh_memory():
-    """Of every tensor, those that C++ makes among them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    for lengths in ([i % 2 for i in range(41)], [0] * 40 + [3] + [0] * 30 + [70]):
+        args, kwargs = make(lengths, 16, 24, torch.bfloat16)
+        compare(args, kwargs)
 
 
 @pytest.mark.parametrize("columns", (24, 21))
-def test_rows_past_the_last_group_are_not_touched(columns, nan_in_fresh_memory):
+def test_rows_past_the_last_group_are_not_touched(columns):
+    """tests/conftest.py: memory that C++ asks for is full of NaN."""
     (x, weight, offsets), kwargs = make((5, 0, 70), columns, 40, torch.bfloat16)
     whole = run((x, weight, offsets), kwargs)
     assert not whole.isnan().any()

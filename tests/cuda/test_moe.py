@@ -12,7 +12,7 @@ DTYPES = testing.DTYPES
 # (T, E, K): one expert, ones beyond a lane's first, as many chosen as there are; slots that fill no
 # block, one to the last, several with a tail; tokens whose slots lie in two blocks.
 SHAPES = ((1, 1, 1), (7, 3, 3), (512, 8, 2), (1025, 5, 1), (300, 31, 7), (77, 33, 33), (40, 64, 2),
-          (130, 65, 9), (21, 129, 128), (13, 256, 256))  # fmt: skip
+          (130, 65, 9), (9, 129, 128), (6, 256, 256))  # fmt: skip
 SETTINGS = (
     dict(),
     dict(renormalise=True),
@@ -51,7 +51,7 @@ def check(logits, k, mode=(0, False, False), **settings):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_reference(shape, ties):
     tokens, experts, k = shape
-    for settings in SETTINGS:
+    for settings in SETTINGS[:: 3 if ties else 1]:
         check(logits_of(tokens, experts, ties=ties), k, **settings)
 
 
@@ -80,9 +80,8 @@ def test_all_on_one_expert_and_none_on_others(capacity):
 
 def test_many_blocks_of_slots():
     """More than there are parts of the scan, and than a part has of them."""
-    for tokens, experts, k in ((1900, 20, 20), (1100, 256, 8)):
-        for settings in (dict(), dict(capacity=tokens // 3)):
-            check(logits_of(tokens, experts), k, **settings)
+    check(logits_of(1150, 100, ties=True), 10)
+    check(logits_of(700, 256), 8, capacity=20)
 
 
 def test_nan_comes_last_and_zeros_are_one():
@@ -107,7 +106,7 @@ def test_infinities():
 
 
 @pytest.mark.parametrize("settings", (dict(), dict(capacity=40, renormalise=True)), ids=str)
-@pytest.mark.parametrize("shape", ((700, 37, 3), (150, 8, 8), (9, 256, 200)))
+@pytest.mark.parametrize("shape", ((350, 37, 3), (150, 8, 8), (9, 256, 120)))
 def test_same_bits_in_every_order(shape, settings):
     tokens, experts, k = shape
     x = logits_of(tokens, experts, torch.bfloat16, ties=True)
