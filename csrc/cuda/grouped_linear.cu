@@ -33,8 +33,8 @@ struct Tile {
   static constexpr int columns = kColumns / across, blocks = columns / 8;
   static constexpr int stage = A::elements + B::elements;
   static constexpr int pitch = columns + 8;  // of a warp's sums, as floats, on their way out
-  static constexpr int in = kStages * stage * 2, out = kWarps * 16 * pitch * 4;
-  static constexpr int shared = in > out ? in : out;  // bytes
+  static constexpr int shared = kStages * stage * 2;  // bytes
+  static_assert(kWarps * 16 * pitch * 4 <= shared);
 };
 
 template <class T>

@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kThreads) moe_choose(MoeRouteArgs a) {
 #pragma unroll
   for (int i = 0; i < each; ++i) sum += expf(logit[i] - top);
   sum = gpu::warp_sum(sum);
-  nan |= !a.sigmoid && (top == INFINITY || top == -INFINITY);
 
   int64_t* experts = a.experts + t * K;
   float* weights = a.weights + t * K;
@@ -97,6 +96,7 @@ __global__ void __launch_bounds__(kThreads) moe_choose(MoeRouteArgs a) {
 #pragma unroll
     for (int i = 0; i < each; ++i)
       if (e == lane + 32 * i) key[i] = 0;
+    // An infinite top has made the sum NaN.
     const float x = logit_of(uint32_t(best >> 32));
     float gate = a.sigmoid ? 1.0f / (1.0f + expf(-x)) : expf(x - top) / sum;
     if (nan) gate = __int_as_float(0x7fffffff);
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) moe_place(MoeRouteArgs a) {
 // A warp has 32 packs (Bits: 16 bytes, or one element) of one token: rows of y are read once, and
 // each element of out is written once. A position outside of 0 to R - 1 adds nothing.
 template <class T, class Bits>
-__global__ void __launch_bounds__(kThreads) moe_combine_rows(MoeCombineArgs a, int64_t pieces) {
+__global__ void __launch_bounds__(kThreads) moe_combine_rows(MoeCombineArgs a, int pieces) {
   constexpr int width = int(sizeof(Bits) / sizeof(T));
   const int64_t piece = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, t = piece / pieces;
   const int64_t c = (piece % pieces * 32 + threadIdx.x % 32) * width;
@@ -291,9 +291,9 @@ template <class T, class Bits>
 int combine(const MoeCombineArgs& a, cudaStream_t stream) {
   constexpr int64_t wide = 32 * int64_t(sizeof(Bits) / sizeof(T));
   const int64_t pieces = (a.C + wide - 1) / wide, blocks = (a.T * pieces + kWarps - 1) / kWarps;
-  if (blocks > kMostBlocks) return kInvalidConfiguration;
+  if (blocks > kMostBlocks || pieces > kMostBlocks) return kInvalidConfiguration;
   return GPU_LAUNCH((moe_combine_rows<T, Bits>), dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
-                    a, pieces);
+                    a, int(pieces));
 }
 
 template <class T>
@@ -328,9 +328,9 @@ extern "C" int fastdiff_gpu_moe_combine(const MoeCombineArgs* a, void* stream) {
   return error;
 }
 #else
-#define FASTDIFF_INSTANTIATE(T)                                                 \
-  template __global__ void moe_combine_rows<T, uint4>(MoeCombineArgs, int64_t); \
-  template __global__ void moe_combine_rows<T, T>(MoeCombineArgs, int64_t);
+#define FASTDIFF_INSTANTIATE(T)                                             \
+  template __global__ void moe_combine_rows<T, uint4>(MoeCombineArgs, int); \
+  template __global__ void moe_combine_rows<T, T>(MoeCombineArgs, int);
 FASTDIFF_INSTANTIATE(float)
 FASTDIFF_INSTANTIATE(gpu::bf16)
 FASTDIFF_INSTANTIATE(gpu::f16)
