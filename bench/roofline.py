@@ -42,7 +42,13 @@ MARK = "computed, not measured on a GPU"
 
 
 def matrix_flops(case: gpu_cases.Case) -> float:
-    """Multiplications and additions of the call's two matrix products; 0 for the other ops."""
+    """Multiplications and additions of the call's matrix products; 0 for ops without one."""
+    if case.op == "grouped_linear":
+        (x, weight, *_), kwargs = case.make()
+        return 2.0 * kwargs.get("index", x).shape[0] * weight[0].numel()
+    if case.op == "grouped_weight_grad":
+        (grad, x, _), _ = case.make()
+        return 2.0 * grad.numel() * x.shape[1]
     if case.op != "attention":
         return 0.0
     (q, k, _), _ = case.make()

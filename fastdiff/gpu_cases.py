@@ -140,6 +140,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "SD 3, a quarter of 2x4096",
         lambda: _call(t(2, 4096), 1024, high=0.3, forced=torch.empty(2, 4096, dtype=torch.bool)),
     )
+    yield from _experts(dtype)
     yield Case(
         "qk_norm_rope",
         "Flux 1x24x4608x128",
@@ -214,6 +215,50 @@ def _experts(dtype: torch.dtype) -> Iterator[Case]:
         "grouped_weight_grad",
         "DiT-MoE-S 8 experts, up",
         lambda: _call(t(slots, 3072), t(512, 384), index(9), index=index(slots)),
+    )
+
+
+def _experts(dtype: torch.dtype) -> Iterator[Case]:
+    """DiT-MoE-B/2 at 256 px: 2 of 8 experts for each of 2x256 tokens of 768."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    yield Case("moe_route", "DiT-MoE-B/2, 2 of 8 for 512 tokens", lambda: _call(t(512, 8), 2))
+    yield Case(
+        "moe_route",
+        "8 of 256 for 4096 tokens, logits of samples, capacity",
+        lambda: _call(t(4096, 256), 8, sample_logits=t(2, 256), renormalise=True, capacity=160),
+    )
+    yield Case(
+        "moe_combine",
+        "DiT-MoE-B/2 2x512x768",
+        lambda: _call(t(1024, 768), torch.empty(512, 2), whole(512, 2)),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-B/2 1024 rows, 768 to 2x3072, gathered, SwiGLU",
+        lambda: _call(
+            t(512, 768), t(8, 6144, 768), whole(9), index=whole(1024), activation="swiglu"
+        ),
+    )
+    yield Case(
+        "grouped_linear",
+        "DiT-MoE-B/2 8192 rows, 3072 to 768",
+        lambda: _call(t(8192, 3072), t(8, 768, 3072), whole(9)),
+    )
+    yield Case(
+        "grouped_linear",
+        "64 experts, 1024 rows, 768 to 768, transposed, bias",
+        lambda: _call(t(1024, 768), t(64, 768, 768).transpose(1, 2), whole(65), bias=t(64, 768)),
+    )
+    yield Case(
+        "grouped_weight_grad",
+        "DiT-MoE-B/2 1024 rows, 3072 to 768",
+        lambda: _call(t(1024, 768), t(1024, 3072), whole(9)),
     )
 
 

@@ -31,7 +31,8 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # As nvcc has it: "a" is the architecture with its own instructions, which no later one runs.
 ARCH = {"sm_90": "sm_90a", "sm_100": "sm_100a", "sm_120": "sm_120a"}
 # Dtypes of ops whose CUDA kernel does not take them all: tensor cores have no float32.
-DTYPES = {"attention": (torch.bfloat16, torch.float16)}
+_TENSOR = (torch.bfloat16, torch.float16)
+DTYPES = {op: _TENSOR for op in ("attention", "grouped_linear", "grouped_weight_grad")}
 ENTRY = r'extern "C" int fastdiff_gpu_(\w+)\('
 
 

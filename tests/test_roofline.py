@@ -24,6 +24,12 @@ def case(op, start, dtype=torch.bfloat16):
 def test_operations(roofline):
     assert roofline.matrix_flops(case("attention", "Flux")) == 4 * 24 * 4608 * 4608 * 128
     assert roofline.matrix_flops(case("gate_residual", "DiT")) == 0
+    assert roofline.matrix_flops(case("grouped_linear", "DiT-MoE-B/2 1024 rows")) == (
+        2 * 1024 * 6144 * 768
+    )
+    assert roofline.matrix_flops(case("grouped_weight_grad", "DiT-MoE-B/2")) == (
+        2 * 1024 * 768 * 3072
+    )
 
 
 def test_bytes():

@@ -188,9 +188,13 @@ def _native_why_not(
     activation: str | None,
 ) -> str | None:
     why = why_not_native(x, weight, bias, gpu="grouped_linear") or refuse_grad(x, weight, bias)
-    if why is None and x.is_cuda and x.dtype not in (torch.bfloat16, torch.float16):
-        why = f"dtype {x.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
-    return why
+    return why or _no_tensor_cores(x)
+
+
+def _no_tensor_cores(x: Tensor) -> str | None:
+    if x.is_cuda and x.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {x.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
+    return None
 
 
 def _triton_why_not(
@@ -207,7 +211,8 @@ def _triton_why_not(
 def _grad_native_why_not(
     grad: Tensor, x: Tensor, offsets: Tensor, index: Tensor | None
 ) -> str | None:
-    return why_not_native(grad, x) or refuse_grad(grad, x)
+    why = why_not_native(grad, x, gpu="grouped_weight_grad") or refuse_grad(grad, x)
+    return why or _no_tensor_cores(x)
 
 
 def _grad_triton_why_not(

@@ -48,6 +48,9 @@ try:
         ops.gather_tokens(x, torch.zeros(2, 3, dtype=torch.int64), impl="native")
         ops.select_tokens(x[0], 3, impl="native")
         ops.philox_normal((2, 64), 0, impl="native")
+        ops.moe_route(x[0], 2, impl="native")
+        rows, weight = torch.zeros(5, 8).half(), torch.zeros(2, 16, 8).half()
+        ops.grouped_linear(rows, weight, torch.tensor([0, 2, 5]), impl="native")
     print(json.dumps({"x": x.data_ptr()}))
 except RuntimeError as error:
     print(json.dumps({"error": str(error).splitlines()[0]}))

@@ -1,0 +1,462 @@
+// Products of ragged groups of rows on tensor cores, summed in float32, with the gather of rows in
+// front and bias and activation behind. bfloat16 and float16.
+//
+// A block owns a tile of one group: kColumns columns, 128 or 64 rows; of a gated activation half as
+// many, with both their products side by side in turns of eight. Grids follow from what the host
+// knows (rows, groups): a block finds its group in the offsets, and leaves where there is none.
+// Both factors come in kDeep slices of k through shared memory, kStages of them, one worked on
+// while the next two are on their way. A row of x is read once for every tile of columns, a row of
+// weights once for every tile of rows. Sums are taken in the order of k: no result depends on what
+// is beside a row.
+#include "cpu/grouped_linear.h"
+#include "gpu.h"
+
+namespace fastdiff {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kColumns = 128, kDeep = 32, kStages = 3;
+
+// One factor's slice: `size` rows or columns of it by kDeep of k, each with its k side by side
+// (an odd number of 16 bytes apart: eight of a column lie in different banks), or turned: each k
+// with its rows or columns side by side.
+template <bool turned, int size>
+struct Slice {
+  static constexpr int pitch = turned ? size + 8 : kDeep + 8;
+  static constexpr int elements = turned ? kDeep * pitch : size * pitch;
+};
+
+// What the warps of a block have of its tile: 32 rows each, and `columns`.
+template <class A, class B, int rows>
+struct Tile {
+  static constexpr int down = rows / 32, across = kWarps / down;
+  static constexpr int columns = kColumns / across, blocks = columns / 8;
+  static constexpr int stage = A::elements + B::elements;
+  static constexpr int pitch = columns + 8;  // of a warp's sums, as floats, on their way out
+  static constexpr int shared = kStages * stage * 2;  // bytes
+  static_assert(kWarps * 16 * pitch * 4 <= shared);
+};
+
+template <class T>
+struct alignas(16) Eight {
+  T e[8];
+};
+
+// Elements d to d + 7 of a row, zeros where `row` is null and at and past `dim`, to shared memory.
+template <class T>
+__device__ __forceinline__ void copy8(T* to, const T* row, int d, int dim, bool aligned) {
+  if (aligned) {
+    const bool read = row && d < dim;
+    gpu::cp_async16(to, read ? row + d : row, read);
+    return;
+  }
+  Eight<T> pack;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    pack.e[i] = row && d + i < dim ? row[d + i] : gpu::from_float<T>(0.0f);
+  *reinterpret_cast<Eight<T>*>(to) = pack;
+}
+
+// A slice from k `first` on: row[j] is where row threadIdx.x / 4 + 64 j begins, or null.
+template <int size, class T>
+__device__ __forceinline__ void copy_rows(T* to, const T* const (&row)[size / 64], int first,
+                                          int dim, bool aligned) {
+  const int i = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 8;
+#pragma unroll
+  for (int j = 0; j < size / 64; ++j)
+    copy8(to + (i + 64 * j) * Slice<false, size>::pitch + d, row[j], first + d, dim, aligned);
+}
+
+// A turned slice: row(k) is where the `dim` elements of k begin, or null; the thread's are at `d`.
+template <int size, class T, class Row>
+__device__ __forceinline__ void copy_turned(T* to, int first, int d, int dim, bool aligned,
+                                            Row row) {
+  const int k = int(threadIdx.x) / 16, at = int(threadIdx.x) % 16 * 8;
+#pragma unroll
+  for (int j = 0; j < kDeep / 16; ++j)
+    copy8<T>(to + (k + 16 * j) * Slice<true, size>::pitch + at, row(first + k + 16 * j), d, dim,
+             aligned);
+}
+
+// The 16 rows of a from `row` on, by the 16 of k from `k` on; and the same of columns of b.
+template <bool turned, int pitch, class T>
+__device__ __forceinline__ void load_a(unsigned (&part)[4], const T* a, int row, int k, int lane) {
+  if constexpr (turned)
+    gpu::ldmatrix_x4<true>(part,
+                           a + (k + lane % 8 + lane / 16 * 8) * pitch + row + lane / 8 % 2 * 8);
+  else
+    gpu::ldmatrix_x4<false>(part, a + (row + lane % 16) * pitch + k + lane / 16 * 8);
+}
+template <bool turned, int pitch, class T>
+__device__ __forceinline__ void load_b(unsigned (&part)[4], const T* b, int column, int k,
+                                       int lane) {
+  if constexpr (turned)
+    gpu::ldmatrix_x4<true>(part, b + (k + lane % 16) * pitch + column + lane / 16 * 8);
+  else
+    gpu::ldmatrix_x4<false>(part,
+                            b + (column + lane % 8 + lane / 16 * 8) * pitch + k + lane / 8 % 2 * 8);
+}
+
+// The block's tile of a b^T over `steps` slices, which copy(step, a, b) begins to bring; sum[m]:
+// 16 rows of the warp's 32.
+template <class T, bool a_turned, bool b_turned, int rows, class Copy>
+__device__ __forceinline__ void multiply(
+    T* shared, int steps, Copy copy,
+    float (&sum)[2][Tile<Slice<a_turned, rows>, Slice<b_turned, kColumns>, rows>::blocks][4]) {
+  using A = Slice<a_turned, rows>;
+  using B = Slice<b_turned, kColumns>;
+  using Own = Tile<A, B, rows>;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int row = warp % Own::down * 32, column = warp / Own::down * Own::columns;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < steps) copy(s, shared + s * Own::stage, shared + s * Own::stage + A::elements);
+    gpu::cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    gpu::cp_async_wait<kStages - 2>();
+    __syncthreads();  // this slice is there for every warp, and none needs the one before
+    const int next = step + kStages - 1;
+    T* to = shared + next % kStages * Own::stage;
+    if (next < steps) copy(next, to, to + A::elements);
+    gpu::cp_async_commit();
+    const T *a = shared + step % kStages * Own::stage, *b = a + A::elements;
+#pragma unroll
+    for (int k = 0; k < kDeep; k += 16) {
+      unsigned p[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) load_a<a_turned, A::pitch>(p[m], a, row + 16 * m, k, lane);
+#pragma unroll
+      for (int n = 0; n < Own::blocks; n += 2) {
+        unsigned q[4];
+        load_b<b_turned, B::pitch>(q, b, column + 8 * n, k, lane);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          gpu::mma_16816<T>(sum[m][n], p[m], q[0], q[1]);
+          gpu::mma_16816<T>(sum[m][n + 1], p[m], q[2], q[3]);
+        }
+      }
+    }
+  }
+  __syncthreads();  // no warp reads its slices any more
+}
+
+// put(row, column, sums) for the tile's sums, `wide` (8 or 16) neighbouring columns at a time,
+// which a lane then stores together. A warp's sums pass through its own part of shared memory.
+template <class Own, class Put>
+__device__ __forceinline__ void take(const float (&sum)[2][Own::blocks][4], void* shared, int wide,
+                                     Put put) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  float* own = static_cast<float*>(shared) + warp * 16 * Own::pitch;
+  const int packs = Own::columns / wide;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    float* to = own + lane / 4 * Own::pitch + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < Own::blocks; ++n) {
+      to[8 * n] = sum[m][n][0], to[8 * n + 1] = sum[m][n][1];
+      to[8 * Own::pitch + 8 * n] = sum[m][n][2], to[8 * Own::pitch + 8 * n + 1] = sum[m][n][3];
+    }
+    __syncwarp();
+    for (int i = lane; i < 16 * packs; i += 32) {
+      const int row = i / packs, column = i % packs * wide;
+      put(warp % Own::down * 32 + 16 * m + row, warp / Own::down * Own::columns + column,
+          own + row * Own::pitch + column);
+    }
+    __syncwarp();
+  }
+}
+
+// Elements d to d + 7 of a row of `dim`, those past it left out.
+template <class T>
+__device__ __forceinline__ void store8(T* row, int d, int dim, bool aligned, const float (&v)[8]) {
+  Eight<T> pack;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pack.e[i] = gpu::from_float<T>(v[i]);
+  if (aligned) {
+    if (d < dim) *reinterpret_cast<Eight<T>*>(row + d) = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (d + i < dim) row[d + i] = pack.e[i];
+}
+
+__device__ __forceinline__ int clamp(int64_t offset, int64_t rows) {
+  return int(offset < 0 ? 0 : offset > rows ? rows : offset);
+}
+
+struct Group {
+  int expert, begin, end;  // rows of the tile; end: of the group
+};
+
+// Tile `tile` of all groups, in every lane; no rows where there are fewer. Offsets that descend, or
+// lie past R, give groups that follow one another within R all the same.
+template <int rows>
+__device__ Group find(const GroupedLinearArgs& a, int tile, int lane) {
+  int last = 0, tiles = 0;  // of the groups so far
+  for (int first = 0; first < a.E; first += 32) {
+    const int e = first + lane;
+    int end = e < a.E ? clamp(a.offsets[e + 1], a.R) : 0;
+    end = end > last ? end : last;
+    for (int by = 1; by < 32; by *= 2) {
+      const int other = __shfl_up_sync(gpu::kAll, end, by);
+      if (lane >= by && other > end) end = other;
+    }
+    int begin = __shfl_up_sync(gpu::kAll, end, 1);
+    if (lane == 0) begin = last;
+    const int count = (end - begin + rows - 1) / rows;
+    int upto = count;
+    for (int by = 1; by < 32; by *= 2) {
+      const int other = __shfl_up_sync(gpu::kAll, upto, by);
+      if (lane >= by) upto += other;
+    }
+    upto += tiles;
+    const unsigned past = __ballot_sync(gpu::kAll, tile < upto);
+    if (past) {
+      const int owner = __ffs(int(past)) - 1;
+      begin += (tile - (upto - count)) * rows;
+      return {first + owner, __shfl_sync(gpu::kAll, begin, owner),
+              __shfl_sync(gpu::kAll, end, owner)};
+    }
+    last = __shfl_sync(gpu::kAll, end, 31);
+    tiles = __shfl_sync(gpu::kAll, upto, 31);
+  }
+  return {0, 0, 0};
+}
+
+// Where row r of the groups lies in x; null past `end`, and where its index is outside of x.
+template <class T, class Args>
+__device__ __forceinline__ const T* row_of(const Args& a, int r, int end) {
+  if (r >= end) return nullptr;
+  const int64_t at = a.index ? a.index[r] : r;
+  return at >= 0 && at < a.T ? static_cast<const T*>(a.x) + at * a.x_stride : nullptr;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float gelu(float x) {
+  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+}
+__device__ __forceinline__ float gelu_tanh(float x) {
+  return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x));  // 2 sqrt(2 / pi)
+}
+
+// y of the sums u; `other`: those of the other half of a gated activation.
+__device__ __forceinline__ float activated(int activation, float u, float other) {
+  switch (activation) {
+    case kGroupedGelu: return gelu(u);
+    case kGroupedGeluTanh: return gelu_tanh(u);
+    case kGroupedSilu: return u * sigmoid(u);
+    case kGroupedGeglu: return u * gelu(other);
+    case kGroupedSwiglu: return u * sigmoid(u) * other;
+    case kGroupedSwishglu: return u * (other * sigmoid(other));
+  }
+  return u;
+}
+
+}  // namespace
+
+// Grid: tiles of rows (an upper bound) by tiles of columns, those of a tile of rows side by side.
+// turned: a weight's n, and not its k, lie side by side. Shared: Tile::shared bytes.
+template <class T, int rows, bool turned>
+__global__ void __launch_bounds__(kThreads, 2)
+    grouped_linear_tiles(GroupedLinearArgs a, int across, bool x_aligned, bool w_aligned,
+                         bool y_aligned) {
+  using Own = Tile<Slice<false, rows>, Slice<turned, kColumns>, rows>;
+  GPU_SHARED(T, shared);
+  const int thread = int(threadIdx.x);
+  const Group group = find<rows>(a, int(blockIdx.x) / across, thread % 32);
+  if (group.begin >= group.end) return;
+  const bool gated = a.activation >= kGroupedGeglu;
+  const int K = int(a.K), N = int(a.N), out = gated ? N / 2 : N;
+  const int first = int(blockIdx.x) % across * (gated ? kColumns / 2 : kColumns);
+  // Column i of the tile is weight row column(i), of the second half where half(i).
+  const auto column = [&](int i) { return first + (gated ? i / 16 * 8 + i % 8 : i); };
+  const auto half = [&](int i) { return gated && (i & 8) != 0; };
+
+  const T* x[rows / 64];
+#pragma unroll
+  for (int j = 0; j < rows / 64; ++j)
+    x[j] = row_of<T>(a, group.begin + thread / 4 + 64 * j, group.end);
+  const T* weight = static_cast<const T*>(a.weight) + group.expert * a.weight_e;
+  float sum[2][Own::blocks][4] = {};
+  const int steps = (K + kDeep - 1) / kDeep;
+  if constexpr (turned) {
+    const int own = thread % 16 * 8, d = column(own);
+    if (half(own)) weight += out;
+    const auto copy = [&](int step, T* to_x, T* to_w) {
+      copy_rows<rows>(to_x, x, step * kDeep, K, x_aligned);
+      copy_turned<kColumns>(to_w, step * kDeep, d, out, w_aligned,
+                            [&](int k) { return k < K ? weight + k * a.weight_k : nullptr; });
+    };
+    multiply<T, false, true, rows>(shared, steps, copy, sum);
+  } else {
+    const T* w[kColumns / 64];
+#pragma unroll
+    for (int j = 0; j < kColumns / 64; ++j) {
+      const int i = thread / 4 + 64 * j;
+      const int64_t n = column(i) + (half(i) ? out : 0);
+      w[j] = column(i) < out ? weight + n * a.weight_n : nullptr;
+    }
+    const auto copy = [&](int step, T* to_x, T* to_w) {
+      copy_rows<rows>(to_x, x, step * kDeep, K, x_aligned);
+      copy_rows<kColumns>(to_w, w, step * kDeep, K, w_aligned);
+    };
+    multiply<T, false, false, rows>(shared, steps, copy, sum);
+  }
+
+  const T* bias = a.bias ? static_cast<const T*>(a.bias) + int64_t(group.expert) * N : nullptr;
+  take<Own>(sum, shared, gated ? 16 : 8, [&](int row, int i, const float* u) {
+    const int r = group.begin + row, n = column(i);
+    if (r >= group.end) return;
+    float y[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const bool inside = bias && n + j < out;
+      const float b = inside ? gpu::to_float(bias[n + j]) : 0.0f;
+      const float c = inside && gated ? gpu::to_float(bias[out + n + j]) : 0.0f;
+      y[j] = activated(a.activation, u[j] + b, gated ? u[8 + j] + c : 0.0f);
+    }
+    store8(static_cast<T*>(a.y) + int64_t(r) * out, n, out, y_aligned, y);
+  });
+}
+
+// The same for the sum over a group's rows: a block has kColumns rows n of one group's [N, K], and
+// as many columns. Both factors come turned, their rows being what is summed over.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    grouped_weight_grad_tiles(GroupedWeightGradArgs a, int down, int across, bool grad_aligned,
+                              bool x_aligned, bool out_aligned) {
+  using Factor = Slice<true, kColumns>;
+  using Own = Tile<Factor, Factor, kColumns>;
+  GPU_SHARED(T, shared);
+  const int thread = int(threadIdx.x), K = int(a.K), N = int(a.N);
+  const int tile = int(blockIdx.x) % (down * across), expert = int(blockIdx.x) / (down * across);
+  const int n = tile / across * kColumns, k = tile % across * kColumns;
+  int begin = 0;
+  for (int e = 1 + thread % 32; e <= expert; e += 32) {
+    const int end = clamp(a.offsets[e], a.R);
+    begin = end > begin ? end : begin;
+  }
+  for (int with = 16; with; with >>= 1) {
+    const int other = __shfl_xor_sync(gpu::kAll, begin, with);
+    begin = other > begin ? other : begin;
+  }
+  const int end = clamp(a.offsets[expert + 1], a.R);
+  const int steps = end > begin ? (end - begin + kDeep - 1) / kDeep : 0;
+  const T* grad = static_cast<const T*>(a.grad);
+  const int own = thread % 16 * 8;
+  float sum[2][Own::blocks][4] = {};
+  const auto copy = [&](int step, T* to_grad, T* to_x) {
+    const int first = begin + step * kDeep;
+    copy_turned<kColumns>(to_grad, first, n + own, N, grad_aligned,
+                          [&](int r) { return r < end ? grad + int64_t(r) * N : nullptr; });
+    copy_turned<kColumns>(to_x, first, k + own, K, x_aligned,
+                          [&](int r) { return row_of<T>(a, r, end); });
+  };
+  multiply<T, true, true, kColumns>(shared, steps, copy, sum);
+  T* out = static_cast<T*>(a.out) + int64_t(expert) * N * K;
+  take<Own>(sum, shared, 8, [&](int row, int column, const float* u) {
+    if (n + row >= N) return;
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = u[i];
+    store8(out + int64_t(n + row) * K, k + column, K, out_aligned, v);
+  });
+}
+
+#ifndef __CUDACC_RTC__
+namespace {
+
+constexpr int kInvalidConfiguration = 9, kNotSupported = 801;  // of cudaError_t
+constexpr int64_t kMost = 0x7fffff00;  // blocks, rows, columns: the last tile ends within an int
+constexpr int64_t kFewBlocks = 132;    // about as many as there are multiprocessors
+
+bool at16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether 16-byte loads reach every row; the stride of a dimension of size 1 does not matter.
+bool rows_aligned(const void* p, int64_t size, int64_t stride, int64_t width) {
+  return at16(p) && width % 8 == 0 && (size <= 1 || stride % 8 == 0);
+}
+
+template <class T, int rows, bool turned>
+int launch(const GroupedLinearArgs& a, cudaStream_t stream) {
+  using Own = Tile<Slice<false, rows>, Slice<turned, kColumns>, rows>;
+  const bool gated = a.activation >= kGroupedGeglu;
+  const int64_t out = gated ? a.N / 2 : a.N, wide = gated ? kColumns / 2 : kColumns;
+  const int64_t across = (out + wide - 1) / wide;
+  const int64_t tiles = a.R / rows + (a.E < a.R ? a.E : a.R);  // every group may have a tail
+  if (across > kMost || tiles > kMost / across) return kInvalidConfiguration;
+  const bool x_aligned = rows_aligned(a.x, a.T, a.x_stride, a.K);
+  const bool w_aligned = (turned ? rows_aligned(a.weight, a.K, a.weight_k, out)
+                                 : rows_aligned(a.weight, a.N, a.weight_n, a.K)) &&
+                         (a.E == 1 || a.weight_e % 8 == 0);
+  return GPU_LAUNCH((grouped_linear_tiles<T, rows, turned>), dim3(unsigned(tiles * across)),
+                    dim3(kThreads), Own::shared, stream, a, int(across), x_aligned, w_aligned,
+                    rows_aligned(a.y, a.R, out, out));
+}
+
+// Tiles of 64 rows where groups are small, or where larger ones leave multiprocessors idle. Not
+// measured on a GPU.
+template <class T, bool turned>
+int launch(const GroupedLinearArgs& a, cudaStream_t stream) {
+  const int64_t tiles = (a.R / 128 + 1) * (a.N / kColumns + 1);
+  if (a.R <= 96 * a.E || tiles < kFewBlocks) return launch<T, 64, turned>(a, stream);
+  return launch<T, 128, turned>(a, stream);
+}
+
+template <class T>
+int launch(const GroupedLinearArgs& a, cudaStream_t stream) {
+  if (a.R > kMost || a.N > kMost || a.K > kMost || a.E > kMost) return kInvalidConfiguration;
+  return a.weight_k == 1 ? launch<T, false>(a, stream) : launch<T, true>(a, stream);
+}
+
+template <class T>
+int launch(const GroupedWeightGradArgs& a, cudaStream_t stream) {
+  using Factor = Slice<true, kColumns>;
+  using Own = Tile<Factor, Factor, kColumns>;
+  if (a.R > kMost || a.N > kMost || a.K > kMost || a.E > kMost) return kInvalidConfiguration;
+  const int64_t down = (a.N + kColumns - 1) / kColumns, across = (a.K + kColumns - 1) / kColumns;
+  if (down > kMost / across || down * across > kMost / a.E) return kInvalidConfiguration;
+  return GPU_LAUNCH((grouped_weight_grad_tiles<T>), dim3(unsigned(a.E * down * across)),
+                    dim3(kThreads), Own::shared, stream, a, int(down), int(across),
+                    rows_aligned(a.grad, a.R, a.N, a.N), rows_aligned(a.x, a.T, a.x_stride, a.K),
+                    rows_aligned(a.out, a.N, a.K, a.K));
+}
+
+// Tensor cores have no float32.
+template <class Args>
+int launch_any(const Args& a, void* stream) {
+  switch (a.dtype) {
+    case Dtype::kBf16: return launch<gpu::bf16>(a, static_cast<cudaStream_t>(stream));
+    case Dtype::kF16: return launch<gpu::f16>(a, static_cast<cudaStream_t>(stream));
+    case Dtype::kF32: return kNotSupported;
+  }
+  return kNotSupported;
+}
+
+}  // namespace
+
+extern "C" int fastdiff_gpu_grouped_linear(const GroupedLinearArgs* a, void* stream) {
+  return launch_any(*a, stream);
+}
+
+extern "C" int fastdiff_gpu_grouped_weight_grad(const GroupedWeightGradArgs* a, void* stream) {
+  return launch_any(*a, stream);
+}
+#else
+#define FASTDIFF_INSTANTIATE(T)                                                                    \
+  template __global__ void grouped_linear_tiles<T, 64, false>(GroupedLinearArgs, int, bool, bool,  \
+                                                              bool);                               \
+  template __global__ void grouped_linear_tiles<T, 64, true>(GroupedLinearArgs, int, bool, bool,   \
+                                                             bool);                                \
+  template __global__ void grouped_linear_tiles<T, 128, false>(GroupedLinearArgs, int, bool, bool, \
+                                                               bool);                              \
+  template __global__ void grouped_linear_tiles<T, 128, true>(GroupedLinearArgs, int, bool, bool,  \
+                                                              bool);                               \
+  template __global__ void grouped_weight_grad_tiles<T>(GroupedWeightGradArgs, int, int, bool,     \
+                                                        bool, bool);
+FASTDIFF_INSTANTIATE(gpu::bf16)
+FASTDIFF_INSTANTIATE(gpu::f16)
+#endif
+}  // namespace fastdiff
