@@ -263,7 +263,10 @@ def test_starts_outside_of_q_are_moved_to_its_ends():
     assert torch.equal(got[0][:, :, :7], want[0][:, :, :7])
     for starts in ([30, 30, 30, 30], [9, 0, 30, 0], [0, 30, 0, 30], [30, 0, 30, 0]):
         assert run(args, {"q_starts": torch.tensor(starts)})[0].shape == want[0].shape
+    # Nor is a row past the end of its sample stored: those after 4 are the first sample's alone.
     q, k, v = args
+    got = run(args, {"q_starts": torch.tensor([0, 30, 0, 4])})
+    assert torch.equal(got[0][:, :, 4:], run((q, k[:1], v[:1]), {})[0][:, :, 4:])
     assert run((q, k[:0], v[:0]), {"q_starts": torch.tensor([3])})[0].shape == q.shape
 
 
