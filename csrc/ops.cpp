@@ -9,11 +9,12 @@
 
 TORCH_LIBRARY(fastdiff, m) {
   // q [B,H,S,D]; k, v [B,H,T,D]; exactly one bias form: full/per-key `bias`, or groups + table. ->
-  // out [B,H,A,D], lse [B,H,A]
+  // out [B,H,A,D], lse [B,H,A]; with q_starts [B+1] q, out and lse have the rows of all samples one
+  // after another, in a batch of 1
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? query_group, "
-      "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index) -> (Tensor, "
-      "Tensor)");
+      "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index, Tensor? q_starts) "
+      "-> (Tensor, Tensor)");
   // x [B,N,D]; shift, scale [B,D] or [B,N,D]; weight, bias [D]
   m.def(
       "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "

@@ -30,6 +30,18 @@ def _call(*args: Any, **kwargs: Any) -> Call:
     return args, kwargs
 
 
+def _regions(dtype: torch.dtype) -> Call:
+    q, k, v = (torch.empty(2, 16, 1024, 72, dtype=dtype) for _ in range(3))
+    of_row, of_key = (torch.empty(1, 1024, dtype=torch.int64) for _ in range(2))
+    return _call(q, k, v, bias=ops.GroupBias(of_row, of_key, torch.empty(1, 16, 4, 4)))
+
+
+def _packed(dtype: torch.dtype) -> Call:
+    """Of four samples as many rows as one has, in unequal parts."""
+    q, k, v = (torch.empty(b, 24, 4096, 64, dtype=dtype) for b in (1, 4, 4))
+    return _call(q, k, v, q_starts=torch.empty(5, dtype=torch.int64))
+
+
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """All of them, with tensors of ``dtype``."""
 
@@ -38,11 +50,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
     def qkv(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         return t(*shape), t(*shape), t(*shape)
-
-    def regions() -> Call:
-        of_row, of_key = (torch.empty(1, 1024, dtype=torch.int64) for _ in range(2))
-        bias = ops.GroupBias(of_row, of_key, torch.empty(1, 16, 4, 4))
-        return _call(*qkv(2, 16, 1024, 72), bias=bias)
 
     def rope(heads: int, tokens: int, dim: int, half: int, **kwargs: Any) -> Call:
         table = {"cos": torch.empty(tokens, half), "sin": torch.empty(tokens, half)}
@@ -59,13 +66,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     tokens, vector = (2, 1024, 1152), (2, 1152)
     image = (2, 320, 64, 64)  # Stable Diffusion at 512 px, the finest level of its U-Net
     yield Case("attention", "SD 3, 2x24x4096x64", lambda: _call(*qkv(2, 24, 4096, 64)))
-    yield Case("attention", "DiT-XL/2 2x16x1024x72, 4x4 regions", regions)
+    yield Case("attention", "DiT-XL/2 2x16x1024x72, 4x4 regions", lambda: _regions(dtype))
     yield Case("attention", "Flux 1x24x4608x128", lambda: _call(*qkv(1, 24, 4608, 128)))
     yield Case(
         "attention",
         "SD 1.5 2x8x64x160, bias per key",
         lambda: _call(*qkv(2, 8, 64, 160), bias=t(2, 1, 64)),
     )
+    yield Case("attention", "SD 3, a quarter of 4x24x4096x64, packed", lambda: _packed(dtype))
     yield Case("fused_step", "SDXL 2x4x128x128, second order", lambda: step(False))
     yield Case("fused_step", "SDXL 2x4x128x128, guided, rescaled, noise", lambda: step(True))
     yield Case(

@@ -4,7 +4,9 @@ The program holds its rows of q, the float32 sums of BLOCK_M x head dim, the run
 running sum; it reads k and v once, BLOCK_N keys at a time, up to the sample's length. A bias per
 key is a vector load per block, one by groups a gather from the table (which stays in cache):
 neither is ever laid out at S x T. Values are not checked, for that would need a sync: an index,
-group or length out of range reads nothing and gives NaN.
+group or length out of range reads nothing and gives NaN. Packed samples have tiles of their own,
+one after another: a program looks for its own among their starts, which are moved to the ends of q
+where they lie outside, and programs past the last tile have no row.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def _config(dtype: torch.dtype, block_d: int, bias: str, amd: bool) -> triton.Co
     return CONFIGS[row[0 if block_d <= 64 else 1 if block_d <= 128 else 2]]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _attention_kernel(
     q_ptr,  # [B, H, S, D], unit last stride
     k_ptr,  # [B, H, T, D], unit last stride
@@ -60,7 +62,9 @@ def _attention_kernel(
     table_ptr,  # [B|1, H|1, Gq, Gk], contiguous in the last two
     key_lengths_ptr,  # [B]
     q_index_ptr,  # [B, A], contiguous
+    q_starts_ptr,  # [B + 1]; then q, out and lse have B = 1
     scale,
+    samples,  # B
     heads,
     queries,  # S
     rows,  # A, or S
@@ -77,6 +81,7 @@ def _attention_kernel(
     BIAS: tl.constexpr,  # "none", "full", "key" or "group"
     HAS_LENGTHS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,23 +89,40 @@ def _attention_kernel(
 ):  # fmt: skip
     log2e: tl.constexpr = 1.4426950408889634
     ln2: tl.constexpr = 0.6931471805599453
-    tiles = tl.cdiv(rows, BLOCK_M)
+    tiles = tl.num_programs(0) // heads if HAS_STARTS else tl.cdiv(rows, BLOCK_M)
     head = tl.program_id(0) // tiles
     b = (head // heads).to(tl.int64)  # int64 offsets: B * S * T of a full bias passes 2**31
     h = (head % heads).to(tl.int64)
-    row = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    of = b  # the sample of q, out and lse that has the rows; b is that of the keys
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    end = rows
+    if HAS_STARTS:
+        slot = tl.program_id(0) % tiles
+        before = 0  # tiles of the samples before
+        first = rows
+        for sample in range(0, samples):
+            start = tl.load(q_starts_ptr + sample)
+            stop = tl.load(q_starts_ptr + sample + 1)
+            start = tl.minimum(tl.maximum(start, 0), rows).to(tl.int32)
+            stop = tl.minimum(tl.maximum(stop, start), rows).to(tl.int32)
+            mine = (slot >= before) & (slot < before + tl.cdiv(stop - start, BLOCK_M))
+            b = tl.where(mine, sample, b)
+            first = tl.where(mine, start + (slot - before) * BLOCK_M, first)
+            end = tl.where(mine, stop, end)
+            before += tl.cdiv(stop - start, BLOCK_M)
+    row = first + tl.arange(0, BLOCK_M)
     at_d = tl.arange(0, BLOCK_D)
     at_t = tl.arange(0, BLOCK_N)
-    live = row < rows
+    live = row < end
     if HAS_INDEX:
-        query = tl.load(q_index_ptr + b * rows + row, mask=live, other=0)
+        query = tl.load(q_index_ptr + of * rows + row, mask=live, other=0)
         inside = (query >= 0) & (query < queries)
         query = tl.where(inside, query, 0)
     else:
         inside = live
         query = tl.where(live, row, 0).to(tl.int64)
     q = tl.load(
-        q_ptr + b * q_b + h * q_h + query[:, None] * q_s + at_d[None, :],
+        q_ptr + of * q_b + h * q_h + query[:, None] * q_s + at_d[None, :],
         mask=live[:, None] & (at_d[None, :] < DIM),
         other=0.0,
     )
@@ -110,8 +132,10 @@ def _attention_kernel(
         length = tl.load(key_lengths_ptr + b)
         fits = (length >= 0) & (length <= keys)
         length = tl.where(fits, length, 0).to(tl.int32)
+    if HAS_STARTS:
+        length = tl.where(first < end, length, 0)  # a program with no row reads no key
     if BIAS == "group":
-        query_group = tl.load(query_group_ptr + b * query_group_b + query, mask=live, other=0)
+        query_group = tl.load(query_group_ptr + of * query_group_b + query, mask=live, other=0)
         inside = inside & (query_group >= 0) & (query_group < query_groups)
         query_group = tl.where(inside, query_group, 0)
         table_base = table_ptr + b * table_b + h * table_h
@@ -169,9 +193,9 @@ def _attention_kernel(
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     lse = tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * ln2)
-    tl.store(lse_ptr + (b * heads + h) * rows + row, lse, mask=live)
+    tl.store(lse_ptr + (of * heads + h) * rows + row, lse, mask=live)
     tl.store(
-        out_ptr + ((b * rows + row)[:, None] * heads + h) * DIM + at_d[None, :],
+        out_ptr + ((of * rows + row)[:, None] * heads + h) * DIM + at_d[None, :],
         acc.to(out_ptr.dtype.element_ty),
         mask=live[:, None] & (at_d[None, :] < DIM),
     )
@@ -192,17 +216,18 @@ def attention(
     table: Tensor | None,
     key_lengths: Tensor | None,
     q_index: Tensor | None,
+    q_starts: Tensor | None = None,
     return_lse: bool = True,
     *,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch on the current stream; shapes as in ``fastdiff.ops.attention``."""
-    batch, heads, queries, dim = q.shape
-    keys = k.shape[2]
+    stored, heads, queries, dim = q.shape
+    batch, _, keys, _ = k.shape
     rows = queries if q_index is None else q_index.shape[1]
-    out = q.new_empty(batch, rows, heads, dim)
-    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-    if lse.numel() == 0:
+    out = q.new_empty(stored, rows, heads, dim)
+    lse = q.new_empty(stored, heads, rows, dtype=torch.float32)
+    if lse.numel() == 0 or batch == 0:
         return out.transpose(1, 2), lse
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     kind, bias_strides, group_strides, table_strides = "none", [0, 0, 0], [0, 0], [0, 0]
@@ -219,8 +244,11 @@ def attention(
     block_d = max(16, triton.next_power_of_2(dim))
     amd = _on_amd()
     config = config or _config(q.dtype, block_d, kind, amd)
-    grid = (batch * heads * triton.cdiv(rows, config.kwargs["BLOCK_M"]),)
-    _attention_kernel[grid](
+    block_m = config.kwargs["BLOCK_M"]
+    tiles = triton.cdiv(rows, block_m)
+    if q_starts is not None:  # every sample that has rows may leave all but one row of a tile empty
+        tiles = (rows + min(batch, rows) * (block_m - 1)) // block_m
+    _attention_kernel[(stored * heads * tiles,)](
         q, k, v, out, lse,
         q if bias is None else bias,
         q if query_group is None else query_group,
@@ -228,12 +256,14 @@ def attention(
         q if table is None else table,
         q if key_lengths is None else key_lengths.contiguous(),
         q if q_index is None else q_index.contiguous(),
-        scale, heads, queries, rows, keys,
+        q if q_starts is None else q_starts.contiguous(),
+        scale, batch, heads, queries, rows, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *bias_strides[:3], *group_strides, *table_strides,
         0 if table is None else table.shape[2],
         0 if table is None else table.shape[3],
         DIM=dim, BIAS=kind, HAS_LENGTHS=key_lengths is not None, HAS_INDEX=q_index is not None,
+        HAS_STARTS=q_starts is not None,
         # Three tf32 products keep float32's bits on tensor cores, where plain float32 runs on none.
         PRECISION="ieee" if amd else "tf32x3",
         BLOCK_D=block_d, **config.kwargs,

@@ -20,6 +20,19 @@ void check_range(const char* name, const at::Tensor& t, int64_t high) {
                       ", need 0 to ", high - 1);
 }
 
+// The same of rows of samples one after another, which are to be all `rows`.
+void check_starts(const at::Tensor& starts, int64_t rows) {
+  if (on_gpu(starts)) return;
+  const int64_t* p = starts.const_data_ptr<int64_t>();
+  const int64_t last = starts.numel() - 1;
+  TORCH_CHECK_VALUE(p[0] == 0, "attention: q_starts begins with ", p[0], ", need 0");
+  for (int64_t i = 0; i < last; ++i)
+    TORCH_CHECK_VALUE(p[i] <= p[i + 1], "attention: q_starts has value ", p[i + 1], " after ", p[i],
+                      ", need ascending values");
+  TORCH_CHECK_VALUE(p[last] == rows, "attention: q_starts ends with ", p[last], ", need ", rows,
+                    ", the rows of q");
+}
+
 // `t`, made contiguous: int64 of `cols` columns and `batch` rows (or 1 row where `broadcast`).
 at::Tensor check_index(const char* name, const at::Tensor& t, const at::Tensor& q, int64_t cols,
                        bool broadcast) {
@@ -60,13 +73,15 @@ std::tuple<at::Tensor, at::Tensor> attention(
     const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, double scale,
     const std::optional<at::Tensor>& bias_in, const std::optional<at::Tensor>& query_group_in,
     const std::optional<at::Tensor>& key_group_in, const std::optional<at::Tensor>& table_in,
-    const std::optional<at::Tensor>& key_lengths_in, const std::optional<at::Tensor>& q_index_in) {
+    const std::optional<at::Tensor>& key_lengths_in, const std::optional<at::Tensor>& q_index_in,
+    const std::optional<at::Tensor>& q_starts_in) {
   AttentionArgs a{};
   check_runs("attention", "q", q_in);
   a.dtype = dtype_of("attention", "q", q_in);
   check_dim("attention", "q", q_in, 4);
   check_dim("attention", "k", k_in, 4);
-  a.batch = q_in.size(0), a.heads = q_in.size(1), a.keys = k_in.size(2), a.dim = q_in.size(3);
+  const at::Tensor& samples = q_starts_in ? k_in : q_in;
+  a.batch = samples.size(0), a.heads = q_in.size(1), a.keys = k_in.size(2), a.dim = q_in.size(3);
   TORCH_CHECK(a.dim > 0, "attention: q has shape ", q_in.sizes(), ", need a head dimension > 0");
   for (auto [name, t] : {std::pair{"q", &q_in}, {"k", &k_in}, {"v", &v_in}}) {
     check_device("attention", name, *t, q_in);
@@ -80,7 +95,19 @@ std::tuple<at::Tensor, at::Tensor> attention(
   a.scale = float(scale);
   a.queries = a.rows = q.size(2);
 
-  at::Tensor bias, query_group, key_group, table, key_lengths, q_index;
+  at::Tensor bias, query_group, key_group, table, key_lengths, q_index, q_starts;
+  if (q_starts_in) {
+    TORCH_CHECK(q_in.size(0) == 1, "attention: q has shape ", q_in.sizes(), ", need [1, ", a.heads,
+                ", rows, ", a.dim, "] where q_starts is given");
+    TORCH_CHECK(!q_index_in && !table_in && !(bias_in && bias_in->dim() != 3),
+                "attention: q_starts is given, need no q_index and no bias but one per key");
+    check_device("attention", "q_starts", *q_starts_in, q);
+    check_dtype("attention", "q_starts", *q_starts_in, at::kLong);
+    check_sizes("attention", "q_starts", *q_starts_in, {a.batch + 1});
+    q_starts = q_starts_in->contiguous();
+    check_starts(q_starts, a.rows);
+    a.q_starts = q_starts.const_data_ptr<int64_t>();
+  }
   if (bias_in) {
     bias = *bias_in;
     set_bias(a, bias, q);
@@ -125,16 +152,17 @@ std::tuple<at::Tensor, at::Tensor> attention(
     a.q_index = q_index.const_data_ptr<int64_t>();
   }
 
-  at::Tensor out = at::empty({a.batch, a.rows, a.heads, a.dim}, q.options());
-  at::Tensor lse = at::empty({a.batch, a.heads, a.rows}, q.options().dtype(at::kFloat));
-  if (lse.numel()) {
+  at::Tensor out = at::empty({q.size(0), a.rows, a.heads, a.dim}, q.options());
+  at::Tensor lse = at::empty({q.size(0), a.heads, a.rows}, q.options().dtype(at::kFloat));
+  if (lse.numel() && a.batch) {  // starts of a GPU are not checked: rows of no sample
     a.out = out.mutable_data_ptr();
     a.lse = lse.mutable_data_ptr<float>();
     at::Tensor scratch;
     if (!on_gpu(q)) {
       // The one allocation besides the outputs: K and V of the head in work, repacked once per head
       // for all its query tiles, and the tiles themselves; per thread, so linear in T.
-      a.threads = std::min<int64_t>(at::get_num_threads(), a.batch * a.heads * ((a.rows + 7) / 8));
+      a.threads =
+          std::min<int64_t>(at::get_num_threads(), q.size(0) * a.heads * ((a.rows + 7) / 8));
       int64_t floats = a.threads * AttentionScratch(a).total;
       scratch = at::empty({floats + 16}, lse.options());
       auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr<float>());

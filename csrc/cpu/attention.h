@@ -16,6 +16,8 @@ struct AttentionArgs {
   int64_t table_stride[2], query_groups, key_groups;
   const int64_t* key_lengths;                      // [B] or null
   const int64_t* q_index;                          // [B,rows] or null: rows are 0..S-1
+  const int64_t* q_starts;                         // [B+1] or null; then q, out, lse have B = 1:
+                                                   // sample b's rows are q_starts[b] and on
   void* out;                                       // [B,rows,H,D] contiguous
   float* lse;                                      // [B,H,rows] contiguous
   int64_t batch, heads, queries, rows, keys, dim;  // queries: S

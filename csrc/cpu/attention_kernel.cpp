@@ -275,18 +275,31 @@ FD_LOOP void pack_pair_lanes(const bf16* const* rows, int vectors, int64_t dim, 
 }
 #endif
 
+// The query rows of sample b, and the vectors that they are in.
+FD_INLINE int64_t rows_begin(const AttentionArgs& a, int64_t b) {
+  return a.q_starts ? a.q_starts[b] : 0;
+}
+FD_INLINE int64_t rows_of(const AttentionArgs& a, int64_t b) {
+  return a.q_starts ? a.q_starts[b + 1] - a.q_starts[b] : a.rows;
+}
+FD_INLINE int64_t vectors_of(const AttentionArgs& a, int64_t b) {
+  return (rows_of(a, b) + W - 1) / W;
+}
+
 template <class E, class Words>
 struct Worker {
   const AttentionArgs& a;
   AttentionScratch at;
   float* scratch;
-  int64_t words;       // words per row of K and Q
-  int64_t v_words;     // words per column of V: the stride of a panel is kM times this
-  int64_t panels;      // panels of V
-  bool in_place;       // K and V are read where they lie: they are float32 words already
-  int64_t length = 0;  // keys of the sample in work
-  const float *k_head = nullptr, *v_head = nullptr;  // first key's row; first panel
-  int64_t k_stride, v_stride, panel_stride;          // between keys; words; panels
+  int64_t words;          // words per row of K and Q
+  int64_t v_words;        // words per column of V: the stride of a panel is kM times this
+  int64_t panels;         // panels of V
+  bool in_place = false;  // K and V are read where they lie: they are float32 words already
+  int64_t length = 0;     // keys of the sample in work
+  int64_t rows_end = 0;   // of its query rows
+  int64_t stored = 0;     // the sample of q, out and lse that has them
+  const float *k_head = nullptr, *v_head = nullptr;      // first key's row; first panel
+  int64_t k_stride = 0, v_stride = 0, panel_stride = 0;  // between keys; words; panels
   const E *q_head = nullptr, *bias_head = nullptr;
   const float *bias32_head = nullptr, *table_head = nullptr;
 
@@ -296,16 +309,12 @@ struct Worker {
         scratch(args.scratch + thread * at.total),
         words((a.dim + Words::per_word - 1) / Words::per_word),
         v_words(round_up(a.keys, 2) / Words::per_word),
-        panels((a.dim + kM - 1) / kM),
-        in_place(read_in_place(args)),
-        k_stride(in_place ? a.k_stride[2] : words),
-        v_stride(in_place ? a.v_stride[2] : kM),
-        panel_stride(in_place ? kM : v_words * kM) {}
+        panels((a.dim + kM - 1) / kM) {}
 
   // Repacking pays for itself after two tiles: rows far apart share few cache sets, and cost a page
   // each. Panels of V must not pass the end of its rows.
-  static bool read_in_place(const AttentionArgs& a) {
-    return std::is_same_v<E, float> && a.dim % kM == 0 && a.rows <= 2 * kLanes;
+  static bool read_in_place(const AttentionArgs& a, int64_t rows) {
+    return std::is_same_v<E, float> && a.dim % kM == 0 && rows <= 2 * kLanes;
   }
 
   void pack_key_row(int64_t t, const E* src) {
@@ -353,7 +362,13 @@ struct Worker {
   // Everything that the query tiles of one head share.
   void start_head(int64_t b, int64_t h) {
     length = a.key_lengths ? a.key_lengths[b] : a.keys;
-    q_head = static_cast<const E*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1];
+    rows_end = rows_begin(a, b) + rows_of(a, b);
+    stored = a.q_starts ? 0 : b;
+    in_place = read_in_place(a, rows_of(a, b));
+    k_stride = in_place ? a.k_stride[2] : words;
+    v_stride = in_place ? a.v_stride[2] : kM;
+    panel_stride = in_place ? kM : v_words * kM;
+    q_head = static_cast<const E*>(a.q) + stored * a.q_stride[0] + h * a.q_stride[1];
     const E* k = static_cast<const E*>(a.k) + b * a.k_stride[0] + h * a.k_stride[1];
     const E* v = static_cast<const E*>(a.v) + b * a.v_stride[0] + h * a.v_stride[1];
     for (int64_t t = in_place ? length / kM * kM : 0; t < round_up(length, kM); ++t)
@@ -413,7 +428,7 @@ struct Worker {
     int64_t rows[kLanes];  // rows past the end repeat the last one and are not stored
     const E* q_rows[kLanes];
     for (int i = 0; i < NR * W; ++i) {
-      int64_t r = first_row + i < a.rows ? first_row + i : a.rows - 1;
+      int64_t r = first_row + i < rows_end ? first_row + i : rows_end - 1;
       rows[i] = a.q_index ? a.q_index[b * a.rows + r] : r;
       q_rows[i] = q_head + rows[i] * a.q_stride[2];
     }
@@ -455,25 +470,25 @@ struct Worker {
       value_block<Words, NR>(v_head + t0 / Words::per_word * v_stride, panel_stride, v_stride,
                              panels, s, p_words, correction, t0 == 0, o);
     }
-    store(b, h, first_row, NR, m, sum);
+    store(h, first_row, NR, m, sum);
   }
 
-  __attribute__((noinline)) void store(int64_t b, int64_t h, int64_t first_row, int vectors,
-                                       const Vec* m, const Vec* sum) {
+  __attribute__((noinline)) void store(int64_t h, int64_t first_row, int vectors, const Vec* m,
+                                       const Vec* sum) {
     const float* o = scratch + at.out;
     const int64_t row_stride = a.heads * a.dim;
     for (int j = 0; j < vectors; ++j) {
       int64_t row = first_row + j * W;
-      int rows = a.rows - row < W ? int(a.rows - row) : W;
+      int rows = rows_end - row < W ? int(rows_end - row) : W;
       alignas(64) float top[W], total[W];
       m[j].store(top);
       sum[j].store(total);
-      float* lse = a.lse + (b * a.heads + h) * a.rows + row;
+      float* lse = a.lse + (stored * a.heads + h) * a.rows + row;
       for (int i = 0; i < rows; ++i)
         lse[i] = total[i] == 0.0f ? -INFINITY : (top[i] + std::log2(total[i])) * kLn2;
       // A live row's sum is at least 1, its largest weight; a NaN sum makes the row NaN.
       Vec inverse = Vec(1.0f) / sum[j];
-      E* out = static_cast<E*>(a.out) + ((b * a.rows + row) * a.heads + h) * a.dim;
+      E* out = static_cast<E*>(a.out) + ((stored * a.rows + row) * a.heads + h) * a.dim;
       for (int64_t d = 0; d < a.dim; d += W) {
         int n = a.dim - d < W ? int(a.dim - d) : W;
         Vec r[W];
@@ -494,12 +509,17 @@ struct Worker {
 
   // Query vectors [begin, end) in the order batch, head, row.
   void vectors(int64_t begin, int64_t end) {
-    const int64_t per_head = (a.rows + W - 1) / W;
+    int64_t b = 0, before = 0;  // vectors of the samples before b
     for (int64_t u = begin; u < end;) {
-      int64_t b = u / per_head / a.heads, h = u / per_head % a.heads, in_head = u % per_head;
+      const int64_t per_head = vectors_of(a, b);
+      if (u - before >= per_head * a.heads) {
+        before += per_head * a.heads, ++b;
+        continue;
+      }
+      int64_t h = (u - before) / per_head, in_head = (u - before) % per_head;
       int64_t stop = end - u < per_head - in_head ? end - u : per_head - in_head;
       start_head(b, h);
-      for (int64_t left = stop, row = in_head * W; left;) {
+      for (int64_t left = stop, row = rows_begin(a, b) + in_head * W; left;) {
         int nr = left >= 5 || left == 3 ? 3 : left == 1 ? 1 : 2;  // 4 = 2 + 2: one alone is slowest
         if (nr == 3)
           tile<3>(b, h, row);
@@ -514,30 +534,29 @@ struct Worker {
   }
 };
 
-// The query vector at which `part` of `parts` of the work begins: work is keys + 32 per vector.
+// The query vector at which `part` of `parts` of the work begins, and past the last part the end:
+// work is keys + 32 per vector.
 static int64_t split(const AttentionArgs& a, int64_t part, int64_t parts) {
-  const int64_t per_sample = a.heads * ((a.rows + W - 1) / W);
+  auto vectors = [&](int64_t b) { return a.heads * vectors_of(a, b); };
   auto cost = [&](int64_t b) { return (a.key_lengths ? a.key_lengths[b] : a.keys) + 32; };
   double total = 0.0;
-  for (int64_t b = 0; b < a.batch; ++b) total += double(cost(b)) * double(per_sample);
+  for (int64_t b = 0; b < a.batch; ++b) total += double(cost(b)) * double(vectors(b));
   double target = total * double(part) / double(parts);
+  int64_t before = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    double sample = double(cost(b)) * double(per_sample);
-    if (target < sample) return b * per_sample + int64_t(target / double(cost(b)) + 0.5);
+    double sample = double(cost(b)) * double(vectors(b));
+    if (part < parts && target < sample) return before + int64_t(target / double(cost(b)) + 0.5);
     target -= sample;
+    before += vectors(b);
   }
-  return a.batch * per_sample;
+  return before;
 }
 
 template <class E, class Words>
 static void run_all(const AttentionArgs& a) {
   parallel_for(0, a.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      int64_t from = split(a, part, a.threads);
-      int64_t to = part + 1 == a.threads ? a.batch * a.heads * ((a.rows + W - 1) / W)
-                                         : split(a, part + 1, a.threads);
-      Worker<E, Words>(a, part).vectors(from, to);
-    }
+    for (int64_t part = begin; part < end; ++part)
+      Worker<E, Words>(a, part).vectors(split(a, part, a.threads), split(a, part + 1, a.threads));
   });
 }
 

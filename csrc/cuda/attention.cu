@@ -72,9 +72,52 @@ __device__ __forceinline__ void copy_keys(const AttentionArgs& a, const T* k, co
   }
 }
 
+__device__ __forceinline__ int start_of(const AttentionArgs& a, int64_t b) {
+  const int64_t start = a.q_starts[b];
+  return int(start < 0 ? 0 : start < a.rows ? start : a.rows);
+}
+// Past the last query row of sample b, and the sample of q and out that has them. What a block
+// needs at its end too is read once more: no register holds it meanwhile.
+__device__ __forceinline__ int end_of(const AttentionArgs& a, int b) {
+  return a.q_starts ? start_of(a, int64_t(b) + 1) : int(a.rows);
+}
+__device__ __forceinline__ int holder_of(const AttentionArgs& a, int b) {
+  return a.q_starts ? 0 : b;
+}
+
+// A sample, -1 for none, and the first of a block's query rows.
+struct Part {
+  int sample, row;
+};
+
+// Tile `slot`, of `rows` rows, among those of packed samples. Every warp looks for itself, a sample
+// a lane: the starts come from cache, and no block waits for a barrier.
+__device__ __forceinline__ Part find_part(const AttentionArgs& a, int slot, int rows, int lane) {
+  int64_t before = 0;  // tiles of the samples that were looked at
+  for (int64_t first = 0; first < a.batch; first += 32) {
+    int start = 0, end = 0;
+    if (first + lane < a.batch)
+      start = start_of(a, first + lane), end = start_of(a, first + lane + 1);
+    const int64_t tiles = end > start ? (int64_t(end) - start + rows - 1) / rows : 0;
+    int64_t sum = tiles;  // of the lanes up to this one
+    for (int by = 1; by < 32; by *= 2) {
+      const int64_t more = __shfl_up_sync(gpu::kAll, sum, by);
+      if (lane >= by) sum += more;
+    }
+    const unsigned past = __ballot_sync(gpu::kAll, before + sum > slot);
+    if (past) {
+      const int owner = __ffs(int(past)) - 1;
+      const int tile = slot - int(before + __shfl_sync(gpu::kAll, sum - tiles, owner));
+      return {int(first) + owner, __shfl_sync(gpu::kAll, start, owner) + tile * rows};
+    }
+    before += __shfl_sync(gpu::kAll, sum, 31);
+  }
+  return {-1, 0};
+}
+
 // The row of q that output row `row` is of, or -1: past the end, or of no row of q.
-__device__ __forceinline__ int64_t query_of(const AttentionArgs& a, int b, int row) {
-  if (row >= a.rows) return -1;
+__device__ __forceinline__ int64_t query_of(const AttentionArgs& a, int b, int row, int end) {
+  if (row >= end) return -1;
   const int64_t query = a.q_index ? a.q_index[b * a.rows + row] : row;
   return query >= 0 && query < a.queries ? query : -1;
 }
@@ -83,9 +126,10 @@ __device__ __forceinline__ int64_t query_of(const AttentionArgs& a, int b, int r
 template <class T, int dim>
 __device__ __forceinline__ void copy_queries(const AttentionArgs& a, const T* q, T* tile, int b,
                                              int first, int rows, bool aligned) {
+  const int end = end_of(a, b);
   for (int i = int(threadIdx.x); i < rows * (dim / 8); i += int(blockDim.x)) {
     const int row = i / (dim / 8), d = i % (dim / 8) * 8;
-    const int64_t query = query_of(a, b, first + row);
+    const int64_t query = query_of(a, b, first + row, end);
     copy8(tile + row * Tiles<dim>::pitch + d, query < 0 ? nullptr : q + query * a.q_stride[2], d,
           int(a.dim), aligned);
   }
@@ -264,17 +308,22 @@ __device__ __forceinline__ bool find_bias(const AttentionArgs& a, int b, int h, 
 }  // namespace
 
 // Grid: batch * heads * tiles blocks, the tiles of a head side by side, so that its keys and values
-// stay in cache. What an index, group or length names outside of its tensor is not read, and the
-// rows that ask for it are NaN.
+// stay in cache. Of packed samples it is heads * tiles blocks: each sample has tiles of its own,
+// one after another, and blocks past the last of them leave. What an index, group or length names
+// outside of its tensor is not read, and the rows that ask for it are NaN; starts outside of q are
+// moved to its ends.
 template <class T, int dim>
 __global__ void __launch_bounds__(32 * Tiles<dim>::warps, Tiles<dim>::blocks)
     attention_tiles(AttentionArgs a, int tiles, bool aligned) {
   using Tile = Tiles<dim>;
   GPU_SHARED(T, shared);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int head = int(blockIdx.x) / tiles, b = head / int(a.heads), h = head % int(a.heads);
-  const int rows = int(blockDim.x) / 2, first_row = int(blockIdx.x) % tiles * rows;
-  const T* q = static_cast<const T*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1];
+  const int head = int(blockIdx.x) / tiles, h = head % int(a.heads), slot = int(blockIdx.x) % tiles;
+  const int rows = int(blockDim.x) / 2, sample = head / int(a.heads);
+  const Part part = a.q_starts ? find_part(a, slot, rows, lane) : Part{sample, slot * rows};
+  const int b = part.sample;
+  if (b < 0) return;
+  const T* q = static_cast<const T*>(a.q) + holder_of(a, b) * a.q_stride[0] + h * a.q_stride[1];
   const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + h * a.k_stride[1];
   const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + h * a.v_stride[1];
   const int64_t given = a.key_lengths ? a.key_lengths[b] : a.keys;
@@ -283,17 +332,17 @@ __global__ void __launch_bounds__(32 * Tiles<dim>::warps, Tiles<dim>::blocks)
 
   copy_keys<T, dim>(a, k, v, shared, 0, length, aligned);
   T* q_tile = shared + Tile::stage;
-  copy_queries<T, dim>(a, q, q_tile, b, first_row, rows, aligned);
+  copy_queries<T, dim>(a, q, q_tile, b, part.row, rows, aligned);
   gpu::cp_async_commit();
 
   // A lane has two rows of the warp's 16, eight apart.
-  const int row = first_row + warp * 16 + lane / 4;
+  const int row = part.row + warp * 16 + lane / 4;
   bool known[2];
   const void* bias[2] = {nullptr, nullptr};
   const int64_t* key_group = a.table ? a.key_group + b * a.key_group_stride : nullptr;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int64_t query = query_of(a, b, row + 8 * r);
+    const int64_t query = query_of(a, b, row + 8 * r, end_of(a, b));
     known[r] = query >= 0 && fits && find_bias<T>(a, b, h, query, bias[r]);
   }
 
@@ -326,12 +375,13 @@ __global__ void __launch_bounds__(32 * Tiles<dim>::warps, Tiles<dim>::blocks)
     add_values<T, dim>(s, tile + Tile::keys * Tile::pitch, lane, out);
   }
 
+  const int end = end_of(a, b);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = row_sum(total[r]);
-    if (row + 8 * r < a.rows)
-      store_row<T, dim>(a, b, h, row + 8 * r, lane, r, top[r], known[r] ? sum : not_a_number(),
-                        out);
+    if (row + 8 * r < end)
+      store_row<T, dim>(a, holder_of(a, b), h, row + 8 * r, lane, r, top[r],
+                        known[r] ? sum : not_a_number(), out);
   }
 }
 
@@ -341,30 +391,35 @@ namespace {
 constexpr int kInvalidConfiguration = 9, kNotSupported = 801;  // of cudaError_t
 
 // Whether 16-byte loads reach every row; the stride of a dimension of size 1 does not matter.
-bool rows_aligned(const AttentionArgs& a, const void* data, const int64_t (&stride)[3],
-                  int64_t rows) {
-  const int64_t sizes[3] = {a.batch, a.heads, rows};
+bool rows_aligned(const AttentionArgs& a, int64_t batch, const void* data,
+                  const int64_t (&stride)[3], int64_t rows) {
+  const int64_t sizes[3] = {batch, a.heads, rows};
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int i = 0; i < 3; ++i) aligned = aligned && (sizes[i] == 1 || stride[i] % 8 == 0);
   return aligned;
 }
 
 // Rows of a block: as few warps as cover a head's rows in as few blocks as the most warps would;
-// half as many where the grid would leave multiprocessors idle.
+// half as many where the grid would leave multiprocessors idle. Of packed samples the device knows
+// the rows: they are taken for as many each, and the grid has as many blocks as they may ever need.
 template <class T, int dim>
 int launch(const AttentionArgs& a, cudaStream_t stream) {
   constexpr int64_t kFewBlocks = 128;    // about as many as there are multiprocessors
   constexpr int64_t kMost = 0x7fffff00;  // blocks, rows, keys: the last tile ends within an int
-  const int64_t heads = a.batch * a.heads;
+  const int64_t each = a.q_starts ? (a.rows + a.batch - 1) / a.batch : a.rows;
   int64_t most = 16 * Tiles<dim>::warps;
-  if (heads * ((a.rows + most - 1) / most) < kFewBlocks) most /= 2;
-  int64_t tiles = (a.rows + most - 1) / most;
-  const int64_t warps = (a.rows + 16 * tiles - 1) / (16 * tiles);
-  tiles = (a.rows + 16 * warps - 1) / (16 * warps);
+  if (a.batch * a.heads * ((each + most - 1) / most) < kFewBlocks) most /= 2;
+  int64_t tiles = (each + most - 1) / most;
+  const int64_t warps = (each + 16 * tiles - 1) / (16 * tiles);
+  const int64_t samples = a.rows < a.batch ? a.rows : a.batch;  // that have rows, at most
+  const int64_t heads = a.q_starts ? a.heads : a.batch * a.heads;
+  tiles = a.q_starts ? (a.rows + samples * (16 * warps - 1)) / (16 * warps)
+                     : (each + 16 * warps - 1) / (16 * warps);
   if (heads * tiles > kMost || a.rows > kMost || a.keys > kMost) return kInvalidConfiguration;
-  const bool aligned = a.dim % 8 == 0 && rows_aligned(a, a.q, a.q_stride, a.queries) &&
-                       rows_aligned(a, a.k, a.k_stride, a.keys) &&
-                       rows_aligned(a, a.v, a.v_stride, a.keys);
+  const int64_t stored = a.q_starts ? 1 : a.batch;
+  const bool aligned = a.dim % 8 == 0 && rows_aligned(a, stored, a.q, a.q_stride, a.queries) &&
+                       rows_aligned(a, a.batch, a.k, a.k_stride, a.keys) &&
+                       rows_aligned(a, a.batch, a.v, a.v_stride, a.keys);
   return GPU_LAUNCH((attention_tiles<T, dim>), dim3(unsigned(heads * tiles)),
                     dim3(unsigned(32 * warps)), Tiles<dim>::shared * sizeof(T), stream, a,
                     int(tiles), aligned);

@@ -84,16 +84,34 @@ def check_index(op: str, name: str, t: Tensor, x: Tensor, other: str = "x") -> N
         raise ValueError(f"{op}: {name} is on {t.device}, need {x.device}, the device of {other}")
 
 
+def _readable(t: Tensor) -> bool:
+    traced = torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+    return not traced and t.device.type == "cpu"
+
+
 def check_range(op: str, name: str, t: Tensor, low: int, high: int) -> None:
     """Every value of the int64 tensor ``t`` lies in ``[low, high)``.
 
     For reference rows. Looks at values, so only where they exist and cost no sync: not under
     torch.compile, not on fake or meta tensors, not on a GPU (whose gathers assert on their own).
     """
-    if torch.compiler.is_compiling() or isinstance(t, FakeTensor) or t.device.type != "cpu":
-        return
-    if t.numel():
+    if _readable(t) and t.numel():
         least, most = (int(x) for x in t.aminmax())
         if least < low or most >= high:
             bad = least if least < low else most
             raise ValueError(f"{op}: {name} has value {bad}, need {low} to {high - 1}")
+
+
+def check_starts(op: str, name: str, t: Tensor, rows: int) -> None:
+    """The int64 vector ``t`` ascends from 0 to ``rows``; looked at where ``check_range`` looks."""
+    if not _readable(t):
+        return
+    if t[0] != 0:
+        raise ValueError(f"{op}: {name} begins with {int(t[0])}, need 0")
+    for before, after in zip(t[:-1], t[1:], strict=True):
+        if before > after:
+            raise ValueError(
+                f"{op}: {name} has value {int(after)} after {int(before)}, need ascending values"
+            )
+    if t[-1] != rows:
+        raise ValueError(f"{op}: {name} ends with {int(t[-1])}, need {rows}, the rows of q")

@@ -7,6 +7,9 @@ log-weights, ragged keys, and computation of chosen query rows only.
 A bias per key, or one per (query group, key group), is never laid out at S x T by the kernels
 (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 
+Samples of unequal numbers of queries may be packed: the rows of q lie one after another, and
+``q_starts`` says where each sample's begin. One launch still, no row is padding.
+
 Non-finite values: a bias of -inf masks its key; a row with no key left gives 0 and lse -inf. NaN
 in q, k or v reaches every row that reads it; keys at or past ``key_lengths`` are not read at all.
 """
@@ -29,6 +32,7 @@ from fastdiff.ops._check import (
     check_like,
     check_range,
     check_shape,
+    check_starts,
     check_tensor,
     wide,
 )
@@ -56,6 +60,30 @@ def _group_scores(query_group: Tensor, key_group: Tensor, table: Tensor, batch: 
     return rows.gather(3, cols.expand(-1, heads, rows.shape[2], -1))
 
 
+def _packed_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    q_starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Every sample's rows from a call for all rows: no value is read, at B times the work."""
+    row = torch.arange(q.shape[2], device=q.device)
+    out, lse = torch.zeros_like(q), wide(q).new_zeros(q.shape[:3])
+    lse = lse if q.dtype == torch.float64 else lse.float()
+    for b in range(k.shape[0]):
+        of = slice(b, b + 1)
+        one = bias if bias is None or bias.shape[0] == 1 else bias[of]
+        length = None if key_lengths is None else key_lengths[of]
+        rest = (None, None, None, length, None, None, True)
+        found, total = attention_ref(q, k[of], v[of], scale, one, *rest)
+        own = (row >= q_starts[b]) & (row < q_starts[b + 1])
+        out, lse = torch.where(own[:, None], found, out), torch.where(own, total, lse)
+    return out, lse
+
+
 def attention_ref(
     q: Tensor,
     k: Tensor,
@@ -67,9 +95,13 @@ def attention_ref(
     table: Tensor | None,
     key_lengths: Tensor | None,
     q_index: Tensor | None,
+    q_starts: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The specification: float32 inside (float64 for float64 input), one rounding at the end."""
+    if q_starts is not None:
+        check_starts("attention", "q_starts", q_starts, q.shape[2])
+        return _packed_ref(q, k, v, scale, bias, key_lengths, q_starts)
     batch, heads, keys = q.shape[0], q.shape[1], k.shape[2]
     value = wide(v)
     if q_index is not None:
@@ -126,6 +158,7 @@ def _native_why_not(
     table: Tensor | None,
     key_lengths: Tensor | None,
     q_index: Tensor | None,
+    q_starts: Tensor | None,
     return_lse: bool,
 ) -> str | None:
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
@@ -146,6 +179,7 @@ def _triton_why_not(
     table: Tensor | None,
     key_lengths: Tensor | None,
     q_index: Tensor | None,
+    q_starts: Tensor | None,
     return_lse: bool,
 ) -> str | None:
     reason = why_not_triton(q, k, v, bias)
@@ -185,6 +219,7 @@ def _torch_why_not(
     table: Tensor | None,
     key_lengths: Tensor | None,
     q_index: Tensor | None,
+    q_starts: Tensor | None,
     return_lse: bool,
 ) -> str | None:
     if table is not None:
@@ -193,6 +228,8 @@ def _torch_why_not(
         return "key_lengths are given, which scaled_dot_product_attention does not take"
     if q_index is not None:
         return "q_index is given, which scaled_dot_product_attention does not take"
+    if q_starts is not None:
+        return "q_starts is given, which scaled_dot_product_attention does not take"
     if return_lse:
         return "return_lse is given, which scaled_dot_product_attention does not return"
     if bias is not None and bias.dtype != q.dtype:
@@ -229,8 +266,33 @@ def _check_groups(bias: GroupBias, q: Tensor, k: Tensor) -> None:
         )
 
 
+def _check_starts(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | GroupBias | None,
+    q_index: Tensor | None,
+    q_starts: Tensor,
+) -> None:
+    check_index("attention", "q_starts", q_starts, q, "q")
+    check_shape("attention", "q_starts", q_starts, (k.shape[0] + 1,))
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"attention: q has shape {list(q.shape)}, need [1, {q.shape[1]}, rows of all samples, "
+            f"{q.shape[3]}] where q_starts is given"
+        )
+    if q_index is not None:
+        raise ValueError("attention: q_index is given, need none where q_starts is given")
+    if isinstance(bias, GroupBias):
+        raise ValueError("attention: bias is a GroupBias, need one per key where q_starts is given")
+    if isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[2] != 1:
+        raise ValueError(
+            f"attention: bias has shape {list(bias.shape)}, need [{k.shape[0]} or 1, "
+            f"{k.shape[1]} or 1, {k.shape[2]}] (per key) where q_starts is given"
+        )
+
+
 def _check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    batch, heads, rows, keys = *q.shape[:3], k.shape[2]
+    batch, heads, rows, keys = k.shape[0], *q.shape[1:3], k.shape[2]
     check_tensor("attention", "bias", bias)
     if bias.dtype not in (q.dtype, torch.float32):
         raise ValueError(f"attention: bias is {bias.dtype}, need {q.dtype} or torch.float32")
@@ -261,17 +323,19 @@ def row_args(
     bias: Tensor | GroupBias | None = None,
     key_lengths: Tensor | None = None,
     q_index: Tensor | None = None,
+    q_starts: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[
     Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
-    Tensor | None, Tensor | None, bool,
+    Tensor | None, Tensor | None, Tensor | None, bool,
 ]:  # fmt: skip
     """Check the public arguments and give those of a row."""
     check_tensor("attention", "q", q, dim=4)
     for name, t in (("k", k), ("v", v)):
         check_like("attention", name, t, q, "q")
         check_tensor("attention", name, t, dim=4)
-    batch, heads, _, dim = q.shape
+    heads, dim = q.shape[1], q.shape[3]
+    batch = q.shape[0] if q_starts is None else k.shape[0]
     if dim == 0:
         raise ValueError(f"attention: q has shape {list(q.shape)}, need a head dimension above 0")
     check_shape("attention", "k", k, (batch, heads, k.shape[2], dim))
@@ -279,6 +343,8 @@ def row_args(
     if scale is None:
         scale = 1.0 / math.sqrt(dim)
     check_finite("attention", "scale", scale)
+    if q_starts is not None:
+        _check_starts(q, k, bias, q_index, q_starts)
     groups: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if isinstance(bias, GroupBias):
         _check_groups(bias, q, k)
@@ -294,7 +360,7 @@ def row_args(
             raise ValueError(
                 f"attention: q_index has shape {list(q_index.shape)}, need [{batch}, rows]"
             )
-    return q, k, v, scale, bias, *groups, key_lengths, q_index, bool(return_lse)
+    return q, k, v, scale, bias, *groups, key_lengths, q_index, q_starts, bool(return_lse)
 
 
 TABLES = {"attention": (IMPLS, row_args)}
@@ -309,6 +375,7 @@ def attention(
     bias: Tensor | GroupBias | None = None,
     key_lengths: Tensor | None = None,
     q_index: Tensor | None = None,
+    q_starts: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -325,14 +392,20 @@ def attention(
         key_lengths: ``[B]`` int64 in 0..T; sample b attends to its first ``key_lengths[b]`` keys.
         q_index: ``[B, A]`` int64 in 0..S-1; only these rows of ``q`` (and of a full bias or of
             ``query_group``) are computed. Repeats are allowed.
+        q_starts: ``[B + 1]`` int64, ascending from 0 to R; then ``q`` is ``[1, H, R, D]``, the
+            queries of all samples one after another, and sample b's are the rows ``q_starts[b]``
+            to ``q_starts[b + 1] - 1``, which attend to ``k[b]`` and ``v[b]``. With a bias per key
+            and ``key_lengths``; not with another bias, nor with ``q_index``.
         return_lse: also give the log of the softmax's denominator.
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
 
     Returns:
-        ``[B, H, S or A, D]`` in the dtype of ``q``; from the native and triton rows a view of a
-        contiguous ``[B, S or A, H, D]`` buffer, so that ``out.transpose(1, 2).flatten(2)`` is
-        free. With ``return_lse`` also float32 ``[B, H, S or A]`` (float64 for float64 input). Rows
-        with no key left give 0 and -inf.
+        ``[B, H, S or A, D]`` in the dtype of ``q`` (``[1, H, R, D]`` with ``q_starts``); from the
+        native and triton rows a view of a contiguous ``[B, S or A, H, D]`` buffer, so that
+        ``out.transpose(1, 2).flatten(2)`` is free. With ``return_lse`` also float32
+        ``[B, H, S or A]`` (float64 for float64 input). Rows with no key left give 0 and -inf. From
+        those two rows of the table, packed samples have the bits that each has alone; what lies
+        past the last of ``q_starts`` is undefined.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or ``scale`` is not finite.
@@ -342,7 +415,7 @@ def attention(
     """
     args = row_args(
         q, k, v, scale=scale, bias=bias, key_lengths=key_lengths, q_index=q_index,
-        return_lse=return_lse,
+        q_starts=q_starts, return_lse=return_lse,
     )  # fmt: skip
     out, lse = pick("attention", IMPLS, impl, *args)(*args)
     return (out, lse) if return_lse else out
@@ -362,6 +435,7 @@ if hasattr(torch.ops.fastdiff, "attention"):
         table: Tensor | None,
         key_lengths: Tensor | None,
         q_index: Tensor | None,
+        q_starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, rows, dim = q.shape
         rows = rows if q_index is None else q_index.shape[1]

@@ -9,6 +9,7 @@ samples (:func:`packed_index`). Counts are known to the host: nothing is padded,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ def _check(who: str, counts: Sequence[int], batch: int, total: int) -> list[int]
             f"to {total}"
         )
     return each
+
+
+def _starts(counts: list[int], device: torch.device) -> Tensor:
+    """Where the rows of each sample begin, and the end; nothing waits for the copy to a GPU."""
+    pin = device.type == "cuda"
+    starts = torch.tensor([0, *accumulate(counts)], device="cpu", pin_memory=pin)
+    return starts.to(device, non_blocking=True)
 
 
 def packed_index(index: Sequence[Tensor], tokens: int) -> Tensor:
@@ -54,10 +62,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], **h
         k, v: ``[B, H, N, D]``.
         counts: rows of each sample, adding up to T.
         how: ``scale``, ``bias`` per key ``[B|1, H|1, N]`` and ``key_lengths [B]`` of
-            :func:`fastdiff.ops.attention`, which runs once a sample: cost follows T.
+            :func:`fastdiff.ops.attention`, which runs once: one launch, whose cost follows T.
 
     Returns:
-        ``[1, H, T, D]``, to the bit what each sample gives alone.
+        ``[1, H, T, D]``, on the native and triton rows to the bit what each sample gives alone.
 
     Raises:
         ValueError: ``counts`` does not fit q and k, or an argument is none of those.
@@ -66,24 +74,11 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], **h
     if not how.keys() <= {"scale", "bias", "key_lengths", "impl"}:
         unknown = sorted(how.keys() - {"scale", "bias", "key_lengths", "impl"})[0]
         raise ValueError(f"packed_attention: {unknown} is given, need scale, bias or key_lengths")
-    bias, lengths = how.pop("bias", None), how.pop("key_lengths", None)
+    bias = how.get("bias")
     if bias is not None and bias.dim() != 3:
         raise ValueError(
             f"packed_attention: bias has shape {list(bias.shape)}, need a bias per key, 3 "
             "dimensions"
         )
-    out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    start = 0
-    for b, n in enumerate(each):
-        if n:
-            of_sample = slice(b, b + 1)
-            more: dict[str, Any] = dict(how)
-            if bias is not None:
-                more["bias"] = bias if bias.shape[0] == 1 else bias[of_sample]
-            if lengths is not None:
-                more["key_lengths"] = lengths[of_sample]
-            rows = q[:, :, start : start + n]
-            found: Any = ops.attention(rows, k[of_sample], v[of_sample], **more)
-            out[:, :, start : start + n] = found
-        start += n
+    out: Any = ops.attention(q, k, v, q_starts=_starts(each, q.device), **how)
     return out

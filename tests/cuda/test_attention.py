@@ -59,7 +59,7 @@ def doubled(kwargs):
 def run(args, kwargs, mode=(0, False, False)):
     """out and log-sum-exp of the kernel, whose inputs stay as they were."""
     bias = kwargs.get("bias")
-    inputs = [*args, kwargs.get("key_lengths"), kwargs.get("q_index")]
+    inputs = [*args, *(kwargs.get(name) for name in ("key_lengths", "q_index", "q_starts"))]
     inputs += list(bias) if isinstance(bias, GroupBias) else [bias]
     with testing.unchanged(*inputs), testing_simt.emulated(*mode):
         return attention(*args, **kwargs, return_lse=True, impl="native")
@@ -201,6 +201,73 @@ def test_lengths_and_key_groups_outside_give_nan():
         key_group[1, 66] = group
         out, lse = run(args, {"bias": kwargs["bias"]._replace(key_group=key_group)})
         assert out[1].isnan().all() and lse[1].isnan().all() and not lse[0].isnan().any()
+
+
+def make_packed(counts, keys, dim, dtype, feature="none", heads=2):
+    """Packed queries of ``counts`` rows a sample."""
+    (_, k, v), kwargs = make((len(counts), 1, keys, dim), dtype, feature, heads)
+    q = torch.randn(1, sum(counts), heads, dim).to(dtype).transpose(1, 2)
+    return (q, k, v), {**kwargs, "q_starts": torch.tensor([0, *counts]).cumsum(0)}
+
+
+COUNTS = ((3, 0, 11, 1), (9,), (0, 65, 0), (0, 0), (33, 16, 17), (129, 1))
+MANY = tuple(i % 4 * (i % 5) for i in range(70))  # more than a warp looks at at once
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", ("none", "key", "key32", "length"))
+def test_packed_samples(feature, dtype):
+    """Near float64, and to the bit what each sample is alone."""
+    for counts in (*COUNTS, MANY):
+        keys, dim = (17, 32) if counts == MANY else (67, 40)
+        args, kwargs = make_packed(counts, keys, dim, dtype, feature)
+        out, lse = compare(args, kwargs, what=f"{counts}")
+        starts = kwargs.pop("q_starts").tolist()
+        for b, n in enumerate(counts[:9]):
+            one = {name: t if len(t) == 1 else t[b : b + 1] for name, t in kwargs.items()}
+            at = slice(starts[b], starts[b] + n)
+            rows = args[0][:, :, at], args[1][b : b + 1], args[2][b : b + 1]
+            alone = run(rows, one)
+            assert torch.equal(out[:, :, at], alone[0]) and torch.equal(lse[:, :, at], alone[1])
+
+
+def test_packed_strides_and_orders():
+    args, kwargs = make_packed((20, 0, 35), 67, 40, torch.float16, "length")
+    for layout in testing.LAYOUTS:
+        compare(tuple(testing.lay(t.nan_to_num(), layout) for t in args), kwargs, what=layout)
+    outputs = [run(args, kwargs, mode) for mode in testing_simt.MODES]
+    for out, lse in outputs:
+        assert torch.equal(out, outputs[0][0]) and torch.equal(lse, outputs[0][1])
+
+
+@pytest.mark.parametrize(
+    "counts, blocks, warps",
+    [((64,), 1, 4), ((32, 32), 3, 2), ((64, 0, 0, 0), 7, 1), ((1, 1, 1), 3, 1), ((0, 1, 0), 1, 1)],
+)
+def test_packed_samples_have_blocks_enough_and_few_more(counts, blocks, warps):
+    args, kwargs = make_packed(counts, 17, 32, torch.bfloat16, heads=1)
+    testing_simt.counters()
+    run(args, kwargs)
+    assert testing_simt.counters()["threads"] == blocks * warps * 32
+
+
+def test_starts_outside_of_q_are_moved_to_its_ends():
+    args, kwargs = make_packed((4, 5, 21), 40, 40, torch.bfloat16)
+    want = run(args, {"q_starts": torch.tensor([0, 4, 30, 30])})
+    for starts in ([-3, 4, 2**40, 2**62], [-(2**63), 4, 30, 0], [0, 4, 30, 2]):
+        with testing.guarded(*args) as copies:
+            got = run(tuple(copies), {"q_starts": torch.tensor(starts)})
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    # Rows that no sample has: any value.
+    got = run(args, {"q_starts": torch.tensor([0, 4, 7, 7])})
+    assert torch.equal(got[0][:, :, :7], want[0][:, :, :7])
+    for starts in ([30, 30, 30, 30], [9, 0, 30, 0], [0, 30, 0, 30], [30, 0, 30, 0]):
+        assert run(args, {"q_starts": torch.tensor(starts)})[0].shape == want[0].shape
+    # Nor is a row past the end of its sample stored: those after 4 are the first sample's alone.
+    q, k, v = args
+    got = run(args, {"q_starts": torch.tensor([0, 30, 0, 4])})
+    assert torch.equal(got[0][:, :, 4:], run((q, k[:1], v[:1]), {})[0][:, :, 4:])
+    assert run((q, k[:0], v[:0]), {"q_starts": torch.tensor([3])})[0].shape == q.shape
 
 
 def test_refusals():

@@ -307,7 +307,7 @@ def test_compile_and_opcheck():
     testing.check_compile(attention, *args, **kwargs, return_lse=True)
     testing.check_compile(attention, *args)
     if "native" in ROWS:
-        rest = (kwargs["key_lengths"], kwargs["q_index"])
+        rest = (kwargs["key_lengths"], kwargs["q_index"], None)
         op = torch.ops.fastdiff.attention.default
         torch.library.opcheck(op, (*args, 0.1, None, *kwargs["bias"], *rest))
     with torch._subclasses.FakeTensorMode() as mode:
@@ -320,7 +320,119 @@ def test_compile_and_opcheck():
                 assert out.shape == (2, 2, 4, 40)
 
 
+# Query rows of samples: none, one, around the tiles of the rows of the table (16 to 128 rows).
+COUNTS = ((3, 0, 11, 1), (9,), (0, 33, 0), (0, 0), (97, 2), (1, 16, 17, 49), (1,) * 37)
+PACKED = ("none", "key", "length")
+
+
+def make_packed(counts, dtype, feature="none", keys=37, dim=40, heads=2):
+    """The same with packed queries: each sample's alone, and all of them in one call."""
+    (_, k, v), kwargs = make((len(counts), 1, keys, dim), dtype, feature, heads)
+    gen = torch.Generator().manual_seed(1)
+    q = torch.randn(1, heads, sum(counts), dim, generator=gen).to(dtype)
+    alone, start = [], 0
+    for b, n in enumerate(counts):
+        one = {name: t if len(t) == 1 else t[b : b + 1] for name, t in kwargs.items()}
+        alone.append(((q[:, :, start : start + n], k[b : b + 1], v[b : b + 1]), one))
+        start += n
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    return alone, (q, k, v), {**kwargs, "q_starts": starts}
+
+
+def joined(fn, alone):
+    """out and log-sum-exp of samples alone, packed."""
+    found = [fn(args, kwargs) for args, kwargs in alone]
+    return tuple(torch.cat(parts, 2) for parts in zip(*found, strict=True))
+
+
+def run(row):
+    return lambda args, kw: attention(*args, **kw, return_lse=True, impl=row)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("row", [r for r in ROWS if r != "torch"])
+def test_packed_samples(row, dtype):
+    """Each over its own keys, near float64, and to the bit what it is alone."""
+    for counts in COUNTS if row != "triton" else COUNTS[:4]:
+        for feature in PACKED:
+            alone, args, kwargs = make_packed(counts, dtype, feature)
+            with testing.unchanged(*args, *kwargs.values()):
+                got = run(row)(args, kwargs)
+            near, exact = (
+                joined(eager, alone),
+                joined(lambda a, k: eager(*cast(a, k, torch.float64)), alone),
+            )
+            for name, *tensors in zip(("out", "lse"), got, exact, near, strict=True):
+                testing.assert_close(*tensors, what=f"{name} {row} {counts} {feature}")
+            if row != "ref":  # whose products are of other shapes
+                assert got[0].transpose(1, 2).is_contiguous()
+                same = zip(got, joined(run(row), alone), strict=True)
+                assert all(torch.equal(a, b) for a, b in same), f"{row} {counts} {feature}"
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("row", [r for r in ROWS if r != "torch"])
+def test_packed_layouts(row, layout):
+    _, args, kwargs = make_packed((3, 0, 20), torch.float32, "key")
+    want = run(row)(args, kwargs)
+    kwargs["bias"] = testing.lay(kwargs["bias"], layout)
+    kwargs["q_starts"] = torch.stack([kwargs["q_starts"]] * 2, 1)[:, 0]
+    got = run(row)(tuple(testing.lay(t, layout) for t in args), kwargs)
+    projected = args[0].permute(0, 2, 1, 3).repeat(1, 1, 3, 1)  # q of a fused q, k, v
+    views = projected[:, :, :2].transpose(1, 2), *(t[:1].expand(3, -1, -1, -1) for t in args[1:])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
+    whole = run(row)(tuple(t.contiguous() for t in views), kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(run(row)(views, kwargs), whole, strict=True))
+
+
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+def test_packed_levels_threads_and_memory(level):
+    before = torch.get_num_threads()
+    for dtype in testing.DTYPES:
+        for dim in (40, 7):  # float32 rows in place, and repacked
+            alone, args, kwargs = make_packed((5, 0, 99, 1), dtype, "length", dim=dim)
+            with testing.cpu_level(level), testing.guarded(*args, kwargs["q_starts"]) as copies:
+                want = joined(run("native"), alone)
+                kwargs["q_starts"] = copies.pop()
+                for threads in (1, 2, 7):
+                    torch.set_num_threads(threads)
+                    try:
+                        got = run("native")(copies, kwargs)
+                    finally:
+                        torch.set_num_threads(before)
+                    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_packed_gradient():
+    _, (q, k, v), kwargs = make_packed((2, 0, 1), torch.float64, "key", keys=4, dim=3)
+    kwargs["bias"][kwargs["bias"] == -torch.inf] = 0.0
+    inputs = [t.requires_grad_() for t in (q, k, v, kwargs.pop("bias"))]
+    fn = lambda q, k, v, bias: attention(q, k, v, bias=bias, **kwargs)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_packed_compile_and_opcheck():
+    _, args, kwargs = make_packed((5, 12), torch.float32, "length")
+    testing.check_compile(attention, *args, **kwargs, return_lse=True)
+    testing.check_compile(attention, *args, **kwargs, impl="ref")
+    rest = (*[None] * 4, kwargs["key_lengths"], None, kwargs["q_starts"])
+    if "native" in ROWS:
+        torch.library.opcheck(torch.ops.fastdiff.attention.default, (*args, 0.1, *rest))
+
+
+def test_starts_outside_of_q_are_moved_to_its_ends():
+    """Of the triton row, as on a GPU, whose values nobody looks at."""
+    _, args, kwargs = make_packed((4, 5, 3), torch.float32)
+    want = run("triton")(args, {"q_starts": torch.tensor([0, 4, 12, 12])})
+    for starts in ([-3, 4, 2**40, 2**62], [-(2**63), 4, 12, 0]):
+        got = run("triton")(args, {"q_starts": torch.tensor(starts)})
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    got = run("triton")(args, {"q_starts": torch.tensor([0, 4, 7, 7])})  # rows past the last: any
+    assert torch.equal(got[0][:, :, :7], want[0][:, :, :7])
+
+
 Q = torch.ones(2, 3, 4, 8)
+STARTS = torch.tensor([0, 1, 4])
 GROUPS = GroupBias(torch.zeros(2, 4).long(), torch.zeros(1, 4).long(), torch.zeros(1, 1, 1, 1))
 
 
@@ -347,6 +459,20 @@ GROUPS = GroupBias(torch.zeros(2, 4).long(), torch.zeros(1, 4).long(), torch.zer
         ({"key_lengths": torch.ones(3).long()}, r"key_lengths has shape \[3\], need \[2\]"),
         ({"key_lengths": torch.ones(2)}, "key_lengths is torch.float32, need torch.int64"),
         ({"q_index": torch.ones(3, 2).long()}, r"q_index has shape \[3, 2\], need \[2, rows\]"),
+        (
+            {"q_starts": STARTS},
+            r"q has shape \[2, 3, 4, 8\], need \[1, 3, rows of all samples, 8\]",
+        ),
+        ({"q": Q[:1], "q_starts": [0, 1, 4]}, "q_starts is list, need a torch.Tensor"),
+        ({"q": Q[:1], "q_starts": STARTS.int()}, "q_starts is torch.int32, need torch.int64"),
+        ({"q": Q[:1], "q_starts": STARTS.to("meta")}, "q_starts is on meta, need cpu"),
+        ({"q": Q[:1], "q_starts": STARTS[:2]}, r"q_starts has shape \[2\], need \[3\]"),
+        ({"q": Q[:1], "q_starts": STARTS[None]}, r"q_starts has shape \[1, 3\], need \[3\]"),
+        ({"q": Q[:1], "q_starts": STARTS, "k": Q[:, :1]}, r"k has shape .* need \[2, 3, 4, 8\]"),
+        ({"q": Q[:1], "q_starts": STARTS, "v": Q[:1]}, r"v has shape .* need \[2, 3, 4, 8\]"),
+        ({"q": Q[:1], "q_starts": STARTS, "bias": GROUPS}, "bias is a GroupBias, need one per key"),
+        ({"q": Q[:1], "q_starts": STARTS, "bias": Q[..., :4]}, r"bias has .*, 4\] \(per key\) wh"),
+        ({"q": Q[:1], "q_starts": STARTS, "q_index": STARTS[None]}, "q_index is given, need none"),
     ],
 )
 def test_bad_input(change, message):
@@ -370,11 +496,18 @@ def test_bad_input(change, message):
             {"bias": GROUPS._replace(key_group=-torch.ones(2, 4).long())},
             "bias.key_group has value -1, need 0 to 0",
         ),
+        ({"q": Q[:1], "q_starts": torch.tensor([1, 2, 4])}, "q_starts begins with 1, need 0"),
+        ({"q": Q[:1], "q_starts": torch.tensor([0, -2, 4])}, "q_starts has value -2 after 0, need"),
+        (
+            {"q": Q[:1], "q_starts": torch.tensor([0, 9, 4])},
+            "q_starts has value 4 after 9, need as",
+        ),
+        ({"q": Q[:1], "q_starts": torch.tensor([0, 2, 3])}, "q_starts ends with 3, need 4, the ro"),
     ],
 )
 def test_values_out_of_range(row, change, message):
     with pytest.raises((ValueError, RuntimeError), match=f"attention: {message}"):
-        attention(Q, Q, Q, **change, impl=row)
+        attention(**{"q": Q, "k": Q, "v": Q, **change}, impl=row)
 
 
 def test_every_triton_config():
@@ -389,6 +522,12 @@ def test_every_triton_config():
     for name, (out, lse) in testing.run_configs(launch, configs, *arguments):
         testing.assert_close(out, exact, near, what=name)
         testing.assert_close(lse, exact_lse, near_lse, what=name)
+    alone, args, kwargs = make_packed((3, 0, 70), torch.float32)
+    rest = (40**-0.5, *[None] * 6)
+    for config in configs:
+        one = lambda args, _, c=config: launch(*args, *rest, config=c)  # noqa: E731
+        got = launch(*args, *rest, kwargs["q_starts"], config=config)
+        assert all(torch.equal(*pair) for pair in zip(got, joined(one, alone), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +552,9 @@ def test_torch_row_refuses_what_sdpa_lacks():
         ({"key_lengths": torch.ones(2).long()}, "key_lengths"),
         ({"q_index": torch.ones(2, 1).long()}, "q_index"),
         ({"return_lse": True}, "return_lse"),
+        ({"q": Q[:1], "q_starts": STARTS}, "q_starts is given"),
     ):
-        assert reason in fastdiff.explain(attention, Q, Q, Q, **kwargs)["torch"]
+        call = {"q": Q, "k": Q, "v": Q, **kwargs}
+        assert reason in fastdiff.explain(attention, **call)["torch"]
     with pytest.raises(fastdiff.NoImpl, match="row torch refuses: .*key_lengths"):
         attention(Q, Q, Q, key_lengths=torch.ones(2).long(), impl="torch")

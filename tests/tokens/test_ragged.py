@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastdiff
 from fastdiff import ops
 from fastdiff.tokens.ragged import packed_attention, packed_index, packed_modulation
 
@@ -18,7 +19,9 @@ def test_attention(dtype):
     k, v = draw(4, 2, keys, 16, seed=1, dtype=dtype), draw(4, 2, keys, 16, seed=2, dtype=dtype)
     bias, lengths = draw(4, 1, keys, seed=3), torch.tensor([20, 5, 7, 1])
     for how in ({}, {"bias": bias}, {"bias": bias[:1], "key_lengths": lengths, "scale": 0.3}):
-        got = packed_attention(q, k, v, counts, **how)
+        with fastdiff.record() as ran:
+            got = packed_attention(q, k, v, counts, **how)
+        assert [op for op, _ in ran] == ["attention"] and ran.total() == 1  # for all samples
         start = 0
         for b, n in enumerate(counts):
             if not n:
@@ -31,6 +34,15 @@ def test_attention(dtype):
             alone = ops.attention(rows, k[b : b + 1], v[b : b + 1], **more)
             assert torch.equal(got[:, :, start : start + n], alone)
             start += n
+
+
+def test_attention_of_few_samples():
+    q, k = draw(1, 2, 7, 16), draw(3, 2, 20, 16, seed=1)
+    assert torch.equal(packed_attention(q, k[:1], k[:1], [7]), ops.attention(q, k[:1], k[:1]))
+    got = packed_attention(q, k, k, [0, 7, 0])
+    assert torch.equal(got, ops.attention(q, k[1:2], k[1:2]))
+    assert packed_attention(q[:, :, :0], k, k, [0, 0, 0]).shape == (1, 2, 0, 16)
+    assert packed_attention(q[:, :, :0], k[:0], k[:0], []).shape == (1, 2, 0, 16)
 
 
 def test_a_block_of_packed_tokens():
