@@ -148,7 +148,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "SD 3, a quarter of 2x4096",
         lambda: _call(t(2, 4096), 1024, high=0.3, forced=torch.empty(2, 4096, dtype=torch.bool)),
     )
-    yield from _experts(dtype)
     yield Case(
         "qk_norm_rope",
         "Flux 1x24x4608x128",
@@ -161,10 +160,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
+    yield from _small_experts(dtype)
     yield from _experts(dtype)
 
 
-def _experts(dtype: torch.dtype) -> Iterator[Case]:
+def _small_experts(dtype: torch.dtype) -> Iterator[Case]:
     """DiT-MoE-S at 256 px, guided: 512 tokens of 384, two of 8 or 16 experts; and a large one."""
 
     def t(*shape: int) -> Tensor:
