@@ -12,9 +12,9 @@ namespace {
 constexpr int W = Vec::width;
 constexpr int kWide = 2 * W;             // columns of a panel
 constexpr int kRows = W == 16 ? 14 : 6;  // rows of a tile
-constexpr int kDeep = 1536;              // of k at a time: a tile stays near
+constexpr int kDeep = 768;               // of k at a time: a tile stays near
 constexpr int kStride = kDeep + 16;      // no power of two: rows would share cache sets
-constexpr int64_t kPanelBytes = W == 16 ? 400 << 10 : 96 << 10;  // of the panels of a task
+constexpr int64_t kPanelBytes = W == 16 ? 640 << 10 : 96 << 10;  // of the panels of a task
 constexpr int kMostPanels = 16;
 constexpr int kMostFew = 64;  // rows that are multiplied as they lie, at most
 
@@ -170,7 +170,7 @@ void pack_rows(const T* w, int64_t stride, int count, int64_t K, float* to) {
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const T* p = w + i * stride + k;
-        _mm_prefetch(reinterpret_cast<const char*>(p) + 512, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p + W * stride), _MM_HINT_T0);
         r[i] = lanes<Kind>(p);
       }
       transpose(r);
