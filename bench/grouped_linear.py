@@ -3,6 +3,8 @@ loop over experts in torch and against one product of the same size."""
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from _case import Case
 from torch import Tensor
@@ -11,17 +13,18 @@ from torch.nn import functional as F
 from fastdiff.ops import grouped_linear, grouped_weight_grad, linear
 
 
-def _groups(experts: int, rows: int) -> Tensor:
-    """Of different sizes, some empty."""
-    share = torch.rand(experts, generator=torch.Generator().manual_seed(0))
-    edges = (share.cumsum(0) / share.sum() * rows).round().long()
-    return torch.cat([edges.new_zeros(1), edges])
+def _groups(experts: int, rows: int) -> list[int]:
+    """Of different sizes, known to the host."""
+    g = torch.Generator("cpu").manual_seed(0)
+    share = torch.rand(experts, generator=g, device="cpu").cumsum(0)
+    edges = [0, *(share / share[-1] * rows).round().long().tolist()]
+    return [b - a for a, b in pairwise(edges)]
 
 
 def _case(experts: int, rows: int, k: int, n: int, dtype: torch.dtype) -> list[Case]:
     x, weight = torch.randn(rows, k).to(dtype), (torch.randn(experts, n, k) / k**0.5).to(dtype)
-    offsets, grad = _groups(experts, rows), torch.randn(rows, n).to(dtype)
-    parts = offsets.diff().tolist()
+    parts, grad = _groups(experts, rows), torch.randn(rows, n).to(dtype)
+    offsets = torch.tensor([0, *accumulate(parts)])
     what = f"{experts} experts [{rows}, {k}] x [{n}, {k}] {str(dtype)[6:]}"
 
     def eager() -> Tensor:

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff.cache import FirstBlock
+from fastdiff.cache import Broadcast, DeepCache, FirstBlock, Forecast, GuidanceReuse
 from fastdiff.experts import RoutingReuse
+from fastdiff.models import DiTMoE
 from fastdiff.nn import MoE
+from fastdiff.testing import draw_weights
 from fastdiff.tokens import RegionAdaptive
 
 
@@ -92,3 +94,28 @@ def test_refusals():
     for other in (RegionAdaptive(0.5), FirstBlock(0.1)):
         with pytest.raises(ValueError, match="need one of them"):
             fastdiff.accelerate(Net(), cache=[RoutingReuse(2), other])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[], [Forecast(2)], [DeepCache(2)], [GuidanceReuse(2)], [Broadcast(2, start=0, stop=1)]],
+    ids=str,
+)
+def test_a_dit_of_experts_with_caches(others):
+    torch.manual_seed(0)
+    model = draw_weights(
+        DiTMoE(
+            input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=5,
+            learn_sigma=False, experts=4,
+        )
+    ).eval()  # fmt: skip
+    how = dict(steps=7, classes=torch.tensor([1, 3]), guidance=2.0, seed=1)
+    shape = (2, 4, 8, 12)
+    plain = fastdiff.sample(model, shape, cache=others, **how)
+    neutral = fastdiff.sample(model, shape, cache=[RoutingReuse(1), *others], **how)
+    assert torch.equal(neutral, plain)
+    got = fastdiff.sample(model, shape, cache=[RoutingReuse(3), *others], **how)
+    assert got.isfinite().all() and not torch.equal(got, plain)
+    assert torch.equal(got, fastdiff.sample(model, shape, cache=[RoutingReuse(3), *others], **how))
+    alone = fastdiff.sample(model, shape, cache=RegionAdaptive(0.5, start=2, resets=(4,)), **how)
+    assert alone.isfinite().all()
