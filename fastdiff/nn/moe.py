@@ -76,6 +76,15 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T``; the gradient of ``W``, a sum over all tokens, has the same bits for any number of
+    threads, which torch's has not."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return nn.functional.linear(x, weight)
+    ends = torch.tensor([0, x.shape[0]], device=x.device)
+    return ops.grouped_linear(x, weight[None], ends)
+
+
 class SwiGLU(nn.Module):
     """``down(silu(g) * h)`` with ``[g, h] = up x``, no biases: what all tokens go through.
 
@@ -168,7 +177,7 @@ class MoE(nn.Module):
                 )
             wide = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):  # a rounded logit changes experts
-                logits = nn.functional.linear(x.to(wide), self.router.to(wide))
+                logits = _product(x.to(wide), self.router.to(wide))
         routing = ops.moe_route(
             logits, self.k, sample_logits=sample_logits, gate=self.gate,
             renormalise=self.renormalise, capacity=self.capacity,

@@ -258,3 +258,28 @@ def test_the_backward_keeps_less_than_a_loop_does():
     theirs, b = kept(loop)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert ours < 0.9 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_do_not_depend_on_threads(dtype):
+    """Experts with few rows, with many and with none; forward and every gradient."""
+    torch.manual_seed(0)
+    moe = MoE(48, 96, 6, 2, renormalise=True).to(dtype)
+    with torch.no_grad():
+        moe.router[0] += 0.3  # takes most
+        moe.router[5] -= 9 * moe.router[5].sign()
+    x = torch.randn(200, 48, dtype=dtype).abs()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            with torch.no_grad():
+                plain = moe(x)
+            out = moe(leaf)
+            grads = torch.autograd.grad(out.float().square().sum(), [leaf, *moe.parameters()])
+            found.append([plain, out, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
