@@ -5,9 +5,9 @@
 // 16): an element of x is read for two vectors of columns, a vector of weights for kRows rows.
 // Where an expert has few rows, turning its weights would cost more than it gains: rows of x and of
 // the weight are multiplied as they lie, and the lanes of each product added up at the end.
-// Every sum is taken by one thread, in the order of k or of lanes: results depend on how many rows an
-// expert has (few or many), and neither on threads nor on which rows these are. With AVX512-BF16,
-// bfloat16 pairs along k are multiplied as they are.
+// Every sum is taken by one thread, in the order of k or of lanes: results depend on how many rows
+// an expert has (few or many), and neither on threads nor on which rows these are. With
+// AVX512-BF16, bfloat16 pairs along k are multiplied as they are.
 #include <cstring>
 #include <vector>
 
