@@ -86,6 +86,20 @@ def calls(dtype):
                 extra = dict(table, interleaved=interleaved)
                 yield "qk_norm_rope", (q, q.clone(), r(d), r(d)), extra
 
+    shapes = (1, 1, 2, 1), (7, 17, 6, 2), (30, 33, 70, 3), (9, 65, 34, 2), (20, 96, 40, 4)
+    for t, k, n, e in shapes:
+        routing = ops.moe_route(torch.randn(t, e), min(2, e))
+        yield "moe_route", (r(t, e), min(2, e)), dict(sample_logits=r(1, e), capacity=2)
+        slots = len(routing.order)
+        yield "moe_combine", (r(slots, k), routing.weights, routing.position), {}
+        x, w, index = r(t, k), r(e, n, k), routing.tokens
+        more = dict(bias=r(e, n), index=index)
+        turned = r(e, k, n).transpose(1, 2)
+        for act in (None, "swiglu"):
+            for weight in (w, turned):
+                yield "grouped_linear", (x, weight, routing.offsets), dict(more, activation=act)
+        yield "grouped_weight_grad", (r(slots, n), x, routing.offsets), dict(index=index)
+
 def fence(value, at_end):
     if isinstance(value, torch.Tensor):
         return guard(value, at_end)
@@ -104,8 +118,8 @@ def backward(op, args, extra, at_end):
     args, extra = [leaf(a) for a in args], {k: leaf(v) for k, v in extra.items()}
     if fastdiff.explain(op, *args, **extra)["native"] is None:
         out = op(*args, **extra, impl="native")
-        out = out if isinstance(out, tuple) else (out,)
-        if not any(o.requires_grad for o in out):
+        out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        if not out:
             return  # its outputs are indices
         torch.autograd.grad(out, leaves, [guard(torch.randn_like(o), at_end) for o in out])
 

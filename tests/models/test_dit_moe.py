@@ -244,3 +244,19 @@ def test_bad_arguments():
         ):
             with pytest.raises(ValueError, match=message):
                 kind(*args)
+
+
+@torch.no_grad()
+def test_the_shipped_model_as_in_plain_torch():
+    """Whole runs, guided, of both; every expert of every layer is used."""
+    model, card = load("dit-moe-digits")
+    twin, _ = load("dit-moe-digits", plain=True)
+    how = dict(steps=6, classes=torch.arange(10), guidance=2.0, sampler="flow_euler")
+    with nn.routes() as found:
+        got = fastdiff.sample(model, (10, 1, 32, 32), **how)
+    want = fastdiff.sample(twin, (10, 1, 32, 32), **how)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    layers = len(model.blocks)
+    used = torch.stack([layer.counts for layer in found]).unflatten(0, (-1, layers)).sum(0)
+    assert len(found) == 6 * layers and (used > 0).all()
+    assert card["config"]["experts"] == 8 and card["training"]["evenness"] < 1.2
