@@ -32,9 +32,14 @@ def arguments(op, of):
         if dtype == torch.int64:
             if op in INTEGERS:
                 return torch.stack([torch.randperm(256)[: shape[1]] for _ in range(shape[0])])
-            return torch.arange(shape[0])
+            if op.startswith("grouped_"):  # offsets of groups of 64 rows
+                return 64 * torch.arange(shape[0])
+            return torch.arange(torch.Size(shape).numel()).view(shape)
         if dtype is not None:  # a table of coefficients, which stays float32
-            return torch.rand(shape, dtype=dtype)
+            t = torch.rand(shape, dtype=dtype)
+            if op == "moe_combine":
+                wide[id(t)] = t.double()
+            return t
         t = torch.randn(shape).to(of)
         wide[id(t)] = t.double()
         return t
