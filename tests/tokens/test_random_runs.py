@@ -16,7 +16,7 @@ from fastdiff.tokens import RegionAdaptive
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 # CI draws some; FASTDIFF_EXAMPLES=1000 draws as many.
-EXAMPLES = int(os.environ.get("FASTDIFF_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("FASTDIFF_EXAMPLES", "150"))
 
 RUNS = st.fixed_dictionaries(
     {
