@@ -237,7 +237,7 @@ GRAD_IMPLS = (
 
 def _check_offsets(op: str, offsets: Tensor, x: Tensor, groups: int | None) -> None:
     check_index(op, "offsets", offsets, x)
-    if offsets.dim() != 1 or (offsets.shape[0] < 2 if groups is None else False):
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"{op}: offsets has shape {list(offsets.shape)}, need [groups + 1]")
     if groups is not None:
         check_shape(op, "offsets", offsets, (groups + 1,))

@@ -17,7 +17,6 @@ from fastdiff.ops.grouped_linear import (
 )
 
 FUSED = (None, "gelu_tanh", "silu")  # of ops.linear
-NATIVE = hasattr(torch.ops.fastdiff, "grouped_linear")
 LAYERS = [row for row in testing.rows_of(IMPLS) if row not in ("single", "torch")]
 GRADS = testing.rows_of(GRAD_IMPLS)
 # (rows of every group, rows past the last group)
@@ -34,19 +33,6 @@ GROUPS = [
     ([1] * 13, 0),
 ]
 DIMS = [(1, 2), (33, 34), (77, 130)]  # (K, N)
-
-
-@pytest.fixture(autouse=True)
-def built(request):
-    """Without the extension's op its row is left out, of what is chosen for no row too."""
-    params = getattr(request.node, "callspec", None)
-    if NATIVE:
-        yield
-    elif params is not None and params.params.get("row") == "native":
-        pytest.skip("the extension has no grouped_linear")
-    else:
-        with fastdiff.use("ref"):
-            yield
 
 
 def offsets_of(sizes):
@@ -181,8 +167,6 @@ def test_layouts(row, layout):
 @pytest.mark.parametrize("level", fastdiff.cpu_levels())
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_levels(level, dtype):
-    if not NATIVE:
-        pytest.skip("the extension has no grouped_linear")
     with testing.cpu_level(level):
         for sizes, past in GROUPS:
             for k, n in DIMS:
@@ -420,7 +404,7 @@ def test_compile(row):
     )
 
 
-@pytest.mark.skipif(not NATIVE, reason="the extension has no grouped_linear")
+@pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built here")
 def test_opcheck():
     x, weight, offsets, bias, index = make([4, 5], 0, 12, 8, given=6)
     op = torch.ops.fastdiff.grouped_linear.default

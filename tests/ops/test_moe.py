@@ -19,7 +19,6 @@ from fastdiff.ops.moe import (
     route_args,
 )
 
-NATIVE = hasattr(torch.ops.fastdiff, "moe_route")
 FAST = [row for row in testing.rows_of(ROUTE_IMPLS) if row != "ref"]
 LAYERS = testing.rows_of(ROUTE_IMPLS)  # every op of a layer has these rows
 # (T, E, k)
@@ -29,19 +28,6 @@ CAPACITIES = (None, 0, 1, 5, 1000)
 SETTINGS = [
     dict(gate=gate, renormalise=again) for gate in ("softmax", "sigmoid") for again in (False, True)
 ]
-
-
-@pytest.fixture(autouse=True)
-def built(request):
-    """Without the extension's op its row is left out, of what is chosen for no row too."""
-    params = getattr(request.node, "callspec", None)
-    if NATIVE:
-        yield
-    elif params is not None and params.params.get("row") == "native":
-        pytest.skip("the extension has no moe_route")
-    else:
-        with fastdiff.use("ref"):
-            yield
 
 
 def drawn(tokens, experts, seed=0, ties=False):
@@ -220,8 +206,6 @@ def test_dtypes_and_layouts(row, dtype):
 
 @pytest.mark.parametrize("level", fastdiff.cpu_levels())
 def test_levels(level):
-    if not NATIVE:
-        pytest.skip("the extension has no moe_route")
     for tokens, experts, k in SHAPES:
         logits = drawn(tokens, experts, ties=True)
         with testing.cpu_level(level):
@@ -499,7 +483,7 @@ def test_compile(row):
     testing.check_compile(lambda *a: moe_combine(*a, impl=row), *given)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the extension has no moe_route")
+@pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built here")
 def test_opcheck():
     route, combine = torch.ops.fastdiff.moe_route.default, torch.ops.fastdiff.moe_combine.default
     logits = torch.randn(12, 6)
