@@ -31,30 +31,11 @@ struct Tiles {
 };
 
 template <class T>
-struct alignas(16) Eight {
-  T e[8];
-};
-template <class T>
 struct alignas(4) Pair {
   T low, high;
 };
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
-
-// Elements d to d + 7 of a row, zeros where `row` is null and at and past `dim`, to shared memory.
-template <class T>
-__device__ __forceinline__ void copy8(T* to, const T* row, int d, int dim, bool aligned) {
-  if (aligned) {
-    const bool read = row && d < dim;
-    gpu::cp_async16(to, read ? row + d : row, read);
-    return;
-  }
-  Eight<T> pack;
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    pack.e[i] = row && d + i < dim ? row[d + i] : gpu::from_float<T>(0.0f);
-  *reinterpret_cast<Eight<T>*>(to) = pack;
-}
 
 // Keys `first` to first + keys - 1 of k and v to one stage, zeros past `length`.
 template <class T, int dim>
@@ -66,9 +47,9 @@ __device__ __forceinline__ void copy_keys(const AttentionArgs& a, const T* k, co
     const int64_t key = first + row;  // whose offset passes 2^31
     const bool seen = key < length;
     T* to = stage + row * Tile::pitch + d;
-    copy8(to, seen ? k + key * a.k_stride[2] : nullptr, d, int(a.dim), aligned);
-    copy8(to + Tile::keys * Tile::pitch, seen ? v + key * a.v_stride[2] : nullptr, d, int(a.dim),
-          aligned);
+    gpu::copy8(to, seen ? k + key * a.k_stride[2] : nullptr, d, int(a.dim), aligned);
+    gpu::copy8(to + Tile::keys * Tile::pitch, seen ? v + key * a.v_stride[2] : nullptr, d,
+               int(a.dim), aligned);
   }
 }
 
@@ -130,8 +111,8 @@ __device__ __forceinline__ void copy_queries(const AttentionArgs& a, const T* q,
   for (int i = int(threadIdx.x); i < rows * (dim / 8); i += int(blockDim.x)) {
     const int row = i / (dim / 8), d = i % (dim / 8) * 8;
     const int64_t query = query_of(a, b, first + row, end);
-    copy8(tile + row * Tiles<dim>::pitch + d, query < 0 ? nullptr : q + query * a.q_stride[2], d,
-          int(a.dim), aligned);
+    gpu::copy8(tile + row * Tiles<dim>::pitch + d, query < 0 ? nullptr : q + query * a.q_stride[2],
+               d, int(a.dim), aligned);
   }
 }
 

@@ -168,6 +168,25 @@ __device__ __forceinline__ void store4(const float (&v)[4], T* p) {
   for (int i = 0; i < 4; ++i) q.e[i] = from_float<T>(v[i]);
   *reinterpret_cast<Quad<T>*>(p) = q;
 }
+
+template <class T>
+struct alignas(16) Eight {
+  T e[8];
+};
+
+// Elements d to d + 7 of a row, zeros where `row` is null and at and past `dim`, to shared memory.
+template <class T>
+__device__ __forceinline__ void copy8(T* to, const T* row, int d, int dim, bool aligned) {
+  if (aligned) {
+    const bool read = row && d < dim;
+    cp_async16(to, read ? row + d : row, read);
+    return;
+  }
+  Eight<T> pack;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pack.e[i] = row && d + i < dim ? row[d + i] : from_float<T>(0.0f);
+  *reinterpret_cast<Eight<T>*>(to) = pack;
+}
 }  // namespace gpu
 
 // Element types as the host names them: fastdiff::Dtype of csrc/cpu/level.h.

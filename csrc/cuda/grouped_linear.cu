@@ -37,26 +37,6 @@ struct Tile {
   static_assert(kWarps * 16 * pitch * 4 <= shared);
 };
 
-template <class T>
-struct alignas(16) Eight {
-  T e[8];
-};
-
-// Elements d to d + 7 of a row, zeros where `row` is null and at and past `dim`, to shared memory.
-template <class T>
-__device__ __forceinline__ void copy8(T* to, const T* row, int d, int dim, bool aligned) {
-  if (aligned) {
-    const bool read = row && d < dim;
-    gpu::cp_async16(to, read ? row + d : row, read);
-    return;
-  }
-  Eight<T> pack;
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    pack.e[i] = row && d + i < dim ? row[d + i] : gpu::from_float<T>(0.0f);
-  *reinterpret_cast<Eight<T>*>(to) = pack;
-}
-
 // A slice from k `first` on: row[j] is where row threadIdx.x / 4 + 64 j begins, or null.
 template <int size, class T>
 __device__ __forceinline__ void copy_rows(T* to, const T* const (&row)[size / 64], int first,
@@ -64,7 +44,7 @@ __device__ __forceinline__ void copy_rows(T* to, const T* const (&row)[size / 64
   const int i = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 8;
 #pragma unroll
   for (int j = 0; j < size / 64; ++j)
-    copy8(to + (i + 64 * j) * Slice<false, size>::pitch + d, row[j], first + d, dim, aligned);
+    gpu::copy8(to + (i + 64 * j) * Slice<false, size>::pitch + d, row[j], first + d, dim, aligned);
 }
 
 // A turned slice: row(k) is where the `dim` elements of k begin, or null; the thread's are at `d`.
@@ -74,8 +54,8 @@ __device__ __forceinline__ void copy_turned(T* to, int first, int d, int dim, bo
   const int k = int(threadIdx.x) / 16, at = int(threadIdx.x) % 16 * 8;
 #pragma unroll
   for (int j = 0; j < kDeep / 16; ++j)
-    copy8<T>(to + (k + 16 * j) * Slice<true, size>::pitch + at, row(first + k + 16 * j), d, dim,
-             aligned);
+    gpu::copy8<T>(to + (k + 16 * j) * Slice<true, size>::pitch + at, row(first + k + 16 * j), d,
+                  dim, aligned);
 }
 
 // The 16 rows of a from `row` on, by the 16 of k from `k` on; and the same of columns of b.
@@ -170,11 +150,11 @@ __device__ __forceinline__ void take(const float (&sum)[2][Own::blocks][4], void
 // Elements d to d + 7 of a row of `dim`, those past it left out.
 template <class T>
 __device__ __forceinline__ void store8(T* row, int d, int dim, bool aligned, const float (&v)[8]) {
-  Eight<T> pack;
+  gpu::Eight<T> pack;
 #pragma unroll
   for (int i = 0; i < 8; ++i) pack.e[i] = gpu::from_float<T>(v[i]);
   if (aligned) {
-    if (d < dim) *reinterpret_cast<Eight<T>*>(row + d) = pack;
+    if (d < dim) *reinterpret_cast<gpu::Eight<T>*>(row + d) = pack;
     return;
   }
 #pragma unroll

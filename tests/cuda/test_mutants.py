@@ -25,11 +25,14 @@ def mutants(op):
     return load_file(HERE / f"mutants_{op}.py").MUTANTS
 
 
-def passes(op, source, build, folder):
-    """Whether the op's tests pass on kernels of ``source`` in a build; the last words if not."""
+def passes(op, source, build, folder, header=None):
+    """Whether the op's tests pass on kernels of ``source`` in a build; the last words if not.
+    ``header``: takes the place of gpu.h."""
     folder.mkdir()
     path = folder / f"{op}.cu"
     path.write_text(source)
+    if header is not None:  # a header beside the file that includes it comes first
+        (folder / "gpu.h").write_text(header)
     library = testing_simt.build(folder, BUILDS[build], [path, CUDA / "library.cu"])
     env = dict(os.environ) if build == "plain" else testing_simt.sanitizer_environment(build)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
@@ -53,14 +56,14 @@ def test_control(op, build, tmp_path):
 def test_nine_of_ten_mutants_are_found(tmp_path, capsys):
     found, missed = [], []
     for op in OPS:
-        text = (CUDA / f"{op}.cu").read_text()
+        own, shared = ((CUDA / name).read_text() for name in (f"{op}.cu", "gpu.h"))
         for i, (name, old, new) in enumerate(mutants(op)):
-            assert text.count(old) == 1, (
-                f"{op}: {name}: the text stands there {text.count(old)} times"
-            )
-            mutant = text.replace(old, new)
+            there = own.count(old) or shared.count(old)
+            assert there == 1, f"{op}: {name}: the text stands there {there} times"
+            mutant = own.replace(old, new)
+            header = shared.replace(old, new) if mutant == own else None
             for build in ORDER:
-                if not passes(op, mutant, build, tmp_path / f"{op}-{i}-{build}")[0]:
+                if not passes(op, mutant, build, tmp_path / f"{op}-{i}-{build}", header)[0]:
                     found.append(f"{op}: {name} ({build})")
                     break
             else:
