@@ -12,6 +12,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastdiff.nn import MoE, Weights
 
 Key = tuple[int, tuple[int, ...]]  # a layer, and its chosen experts in ascending order
 FIELDS = Weights._fields
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by safetensors' names of dtypes
 
 
 def layers_of(network: nn.Module) -> list[MoE]:
@@ -53,9 +55,9 @@ class ExpertStore:
             with safe_open(str(path), framework="pt") as file:
                 self._have = set(file.keys())
                 self._bytes = {}
-                for name in self._have:
-                    t = file.get_tensor(name)
-                    self._bytes[name] = t.numel() * t.element_size()
+                for name in self._have:  # no weight is read for that
+                    part = file.get_slice(name)
+                    self._bytes[name] = prod(part.get_shape()) * ITEM_BYTES[part.get_dtype()]
         except Exception as error:
             raise ValueError(f"ExpertStore: {path} is not readable: {error}") from error
         if "0.0.up" not in self._have:
