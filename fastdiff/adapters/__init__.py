@@ -1,0 +1,46 @@
+"""Adapters: a few per cent of a network's weights, trained, saved, swapped and merged.
+
+Each is made with the network and is attached then; ``adapter.trainable()`` goes to an optimiser,
+``adapter.save(path)`` writes what was trained, ``adapter.detach()`` takes all of it back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
+from fastdiff.adapters.lora import LoRA
+
+METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA,)}
+
+
+def load(network: nn.Module, path: str | Path) -> Adapter:
+    """The adapter of a file, attached to ``network``.
+
+    Raises:
+        ValueError: the file is not readable, is no adapter of ours (for those of PEFT there is
+            ``LoRA.from_peft``), or does not fit the network, which is as it was then.
+    """
+    facts, tensors = read(path)
+    if facts["method"] not in METHODS:
+        raise ValueError(
+            f"{path}: its method is {facts['method']!r}, need one of {', '.join(METHODS)}"
+        )
+    try:
+        settings = json.loads(facts["settings"])
+        adapter = METHODS[facts["method"]](network, **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: it does not fit this network: {error}") from error
+    try:
+        compare(path, tensors, adapter.tensors())
+    except ValueError:
+        adapter.detach()
+        raise
+    adapter.fill(tensors)
+    return adapter
+
+
+__all__ = ["METHODS", "Adapter", "LoRA", "attached", "load", "select", "version"]
