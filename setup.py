@@ -15,6 +15,7 @@ Environment: ``FASTDIFF_CUDA`` 0|1 (default: 1 where nvcc and CUDA sources exist
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -100,14 +101,13 @@ def build_cuda(nvcc):
             codes.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
     out = HERE / "build" / "cuda"
     out.mkdir(parents=True, exist_ok=True)
-    heads = [*HERE.glob("csrc/cuda/*.h"), *HERE.glob("csrc/cpu/*.h"), HERE / "setup.py"]
-    newest = max(p.stat().st_mtime for p in heads)
+    own = (HERE / "setup.py").stat().st_mtime
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=default", f"-I{HERE / 'csrc'}"]
     flags += [f"-I{HERE / 'csrc' / 'cuda'}", *codes]
 
     def one(source):
         obj = out / (source.stem + ".o")
-        if not obj.exists() or obj.stat().st_mtime < max(newest, source.stat().st_mtime):
+        if not obj.exists() or obj.stat().st_mtime < max(own, newest(source)):
             subprocess.run([nvcc, *flags, "-c", str(source), "-o", str(obj)], check=True)
         return str(obj)
 
@@ -116,6 +116,18 @@ def build_cuda(nvcc):
         objects = list(pool.map(one, sorted(HERE.glob("csrc/cuda/*.cu"))))
     library = str(HERE / "fastdiff" / "_cuda.so")
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", library], check=True)
+
+
+def newest(source):
+    """When a source, or a header of ours that it includes, was last changed."""
+    seen, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for name in re.findall(r'#include "(.+)"', path.read_text()):
+            near = (folder / name for folder in (path.parent, HERE / "csrc", HERE / "csrc/cuda"))
+            todo += [p for p in near if p.exists() and p not in seen][:1]
+    return max(path.stat().st_mtime for path in seen)
 
 
 def build_driver():
@@ -156,12 +168,10 @@ def extension():
             out = Path(self.build_temp).resolve() / level
             out.mkdir(parents=True, exist_ok=True)
             cxx = os.environ.get("CXX", "g++")
-            heads = max(p.stat().st_mtime for p in HERE.glob("csrc/cpu/*.h"))
 
             def one(source):
                 obj = out / (source.stem + ".o")
-                stamp = max(heads, source.stat().st_mtime)
-                if not self.force and obj.exists() and obj.stat().st_mtime > stamp:
+                if not self.force and obj.exists() and obj.stat().st_mtime > newest(source):
                     return str(obj)
                 command = [cxx, *flags, *isa, "-fPIC", "-fvisibility=hidden"]
                 command += [f"-DFASTDIFF_LEVEL={level}", f"-I{HERE / 'csrc'}"]

@@ -68,6 +68,15 @@ TORCH_LIBRARY(fastdiff, m) {
       "activation) -> Tensor");
   // grad [R,N]; x [T,K] -> [E,N,K]
   m.def("grouped_weight_grad(Tensor grad, Tensor x, Tensor offsets, Tensor? index) -> Tensor");
+  // grad [T,O]; x [T,I]; crow [O/block_rows+1]; col [nnz] -> float32 [nnz], or [nnz, block_rows,
+  // block_cols]: grad^T x at these entries
+  m.def(
+      "sparse_weight_grad(Tensor grad, Tensor x, Tensor crow, Tensor col, int block_rows, int "
+      "block_cols) -> Tensor");
+  // grad [B,O,Ho,Wo]; x [B,C,H,W]; crow [O+1]; col [nnz] of C*kh*kw -> float32 [nnz]
+  m.def(
+      "sparse_conv2d_weight_grad(Tensor grad, Tensor x, Tensor crow, Tensor col, int[] kernel, "
+      "int[] stride, int[] padding, int[] dilation) -> Tensor");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "
