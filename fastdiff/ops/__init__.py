@@ -16,12 +16,21 @@ from fastdiff.ops.linear import linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 from fastdiff.ops.select_tokens import select_tokens
+from fastdiff.ops.sparse_grad import (
+    SparseIndex,
+    sparse_conv2d_weight_grad,
+    sparse_grad_conv2d,
+    sparse_grad_linear,
+    sparse_grad_tap,
+    sparse_weight_grad,
+)
 from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 
 __all__ = [
     "GroupBias",
     "Noise",
     "Routing",
+    "SparseIndex",
     "attention",
     "axial_rope",
     "conv3x3",
@@ -44,6 +53,11 @@ __all__ = [
     "rope_table",
     "scatter_tokens",
     "select_tokens",
+    "sparse_conv2d_weight_grad",
+    "sparse_grad_conv2d",
+    "sparse_grad_linear",
+    "sparse_grad_tap",
+    "sparse_weight_grad",
     "update_tokens_",
     "z_loss",
 ]

@@ -45,8 +45,8 @@ MUTANTS = [
     ),
     (
         "no barrier before a warp reads sums",
-        "own + row * Own::pitch + column);\n    }\n    __syncwarp();",
-        "own + row * Own::pitch + column);\n    }",
+        "warp / Own::down * Own::columns, own);\n    __syncwarp();",
+        "warp / Own::down * Own::columns, own);",
     ),
     (
         "no barrier after a warp wrote sums",

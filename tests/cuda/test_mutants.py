@@ -16,6 +16,7 @@ from fastdiff.testing import load_file
 
 HERE, CUDA = Path(__file__).parent, testing_simt.CSRC / "cuda"
 OPS = sorted(p.stem.removeprefix("mutants_") for p in HERE.glob("mutants_*.py"))
+HEADERS = ("gpu.h", "tiles.h")
 BUILDS = {"plain": ("-O1",), **testing_simt.SANITIZERS}
 ORDER = ("plain", "thread", "address")  # cheapest first
 pytestmark = pytest.mark.slow
@@ -25,14 +26,14 @@ def mutants(op):
     return load_file(HERE / f"mutants_{op}.py").MUTANTS
 
 
-def passes(op, source, build, folder, header=None):
+def passes(op, source, build, folder, headers=None):
     """Whether the op's tests pass on kernels of ``source`` in a build; the last words if not.
-    ``header``: takes the place of gpu.h."""
+    ``headers``: by name, what takes the place of those of csrc/cuda."""
     folder.mkdir()
     path = folder / f"{op}.cu"
     path.write_text(source)
-    if header is not None:  # a header beside the file that includes it comes first
-        (folder / "gpu.h").write_text(header)
+    for name, text in (headers or {}).items():  # one beside the file that includes it comes first
+        (folder / name).write_text(text)
     library = testing_simt.build(folder, BUILDS[build], [path, CUDA / "library.cu"])
     env = dict(os.environ) if build == "plain" else testing_simt.sanitizer_environment(build)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
@@ -56,14 +57,15 @@ def test_control(op, build, tmp_path):
 def test_nine_of_ten_mutants_are_found(tmp_path, capsys):
     found, missed = [], []
     for op in OPS:
-        own, shared = ((CUDA / name).read_text() for name in (f"{op}.cu", "gpu.h"))
+        own, *shared = ((CUDA / name).read_text() for name in (f"{op}.cu", *HEADERS))
         for i, (name, old, new) in enumerate(mutants(op)):
-            there = own.count(old) or shared.count(old)
+            there = own.count(old) or sum(text.count(old) for text in shared)
             assert there == 1, f"{op}: {name}: the text stands there {there} times"
-            mutant = own.replace(old, new)
-            header = shared.replace(old, new) if mutant == own else None
+            mutant, headers = own.replace(old, new), None
+            if mutant == own:
+                headers = {n: t.replace(old, new) for n, t in zip(HEADERS, shared, strict=True)}
             for build in ORDER:
-                if not passes(op, mutant, build, tmp_path / f"{op}-{i}-{build}", header)[0]:
+                if not passes(op, mutant, build, tmp_path / f"{op}-{i}-{build}", headers)[0]:
                     found.append(f"{op}: {name} ({build})")
                     break
             else:
