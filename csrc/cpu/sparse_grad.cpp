@@ -64,7 +64,7 @@ at::Tensor sparse_weight_grad(const at::Tensor& grad_in, const at::Tensor& x_in,
   args.grad = grad.const_data_ptr(), args.x = x.const_data_ptr();
   args.crow = crow.const_data_ptr<int32_t>(), args.col = col.const_data_ptr<int32_t>();
   args.out = out.mutable_data_ptr<float>();
-  if (args.nnz) FASTDIFF_CALL_KERNEL(sparse_weight_grad, args);
+  if (args.nnz) FASTDIFF_RUN(sparse_weight_grad, args, x);
   return out;
 }
 
@@ -113,7 +113,7 @@ at::Tensor sparse_conv2d_weight_grad(const at::Tensor& grad_in, const at::Tensor
   args.grad = grad.const_data_ptr(), args.x = x.const_data_ptr();
   args.crow = crow.const_data_ptr<int32_t>(), args.col = col.const_data_ptr<int32_t>();
   args.out = out.mutable_data_ptr<float>();
-  if (args.nnz) FASTDIFF_CALL_KERNEL(sparse_conv2d_weight_grad, args);
+  if (args.nnz) FASTDIFF_RUN(sparse_conv2d_weight_grad, args, x);
   return out;
 }
 
@@ -121,6 +121,11 @@ at::Tensor sparse_conv2d_weight_grad(const at::Tensor& grad_in, const at::Tensor
 }  // namespace fastdiff
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("sparse_weight_grad", &fastdiff::sparse_weight_grad);
+  m.impl("sparse_conv2d_weight_grad", &fastdiff::sparse_conv2d_weight_grad);
+}
+
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
   m.impl("sparse_weight_grad", &fastdiff::sparse_weight_grad);
   m.impl("sparse_conv2d_weight_grad", &fastdiff::sparse_conv2d_weight_grad);
 }
