@@ -155,8 +155,12 @@ class MoDE(nn.Module):
 
     def routing_weights(self) -> tuple[Tensor, ...]:
         """Parameters that decide on the experts of a level."""
-        parts = [self.sigma_emb, self.sigma_linear, *(block.router for block in self.blocks)]
-        return tuple(p for part in parts for p in part.parameters())
+        return tuple(p for layer in self.routing_layers() for p in layer.parameters())
+
+    def routing_layers(self) -> tuple[nn.Module, ...]:
+        """Layers that decide on the experts of a level."""
+        routers = [layer for b in self.blocks for layer in (b.router.fc1, b.router.fc2)]
+        return self.sigma_emb, self.sigma_linear, *routers
 
     def logits(self, c: Tensor) -> list[Tensor]:
         """Of every block, ``[B, E]``."""

@@ -17,15 +17,22 @@ from torch.nn import functional as F
 from fastdiff import ops
 
 
+def heard(module: Any) -> bool:
+    """Somebody listens to the calls of ``module``; an adapter that is merged does not."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return bool(module._forward_hooks) and any(
+        (adapter := getattr(hook, "adapter", None)) is None or not adapter.merged
+        for hook in module._forward_hooks.values()
+    )
+
+
 def quiet(module: Any, cls: type[nn.Module]) -> bool:
     """Reading the weights of ``module`` is the same as calling it: it is exactly a ``cls``, and
     nobody listens. (A method as its own ``forward`` is a rule of the exact mode.)"""
     return (
         type(module) is cls
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+        and not heard(module)
         and isinstance(module.__dict__.get("forward"), NoneType | MethodType)
     )
 
