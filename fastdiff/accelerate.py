@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff import integrations, run_summary
+from fastdiff import adapters, integrations, run_summary
 from fastdiff.cache import EncoderPropagation
 from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch, forward_of
@@ -318,6 +318,9 @@ def summary(target: Any, run: Request | None = None) -> str:
     acceleration = _acceleration("summary", target)
     run = run or acceleration.last
     lines = list(acceleration.parts)
+    for name, network in _networks(target).items():
+        states = [a.state() for a in adapters.attached(network)]
+        lines += [f"{name}: {state}" if name else state for state in states]
     if acceleration.lonely:
         lines.append(f"WARNING: {acceleration.lonely} calls outside a run, with caches off")
     if run is None:

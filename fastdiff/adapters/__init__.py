@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
+from fastdiff.adapters.base import Adapter, attached, compare, layout, read, select, version
 from fastdiff.adapters.lora import LoRA
 
 METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA,)}
@@ -43,4 +43,4 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
     return adapter
 
 
-__all__ = ["METHODS", "Adapter", "LoRA", "attached", "load", "select", "version"]
+__all__ = ["METHODS", "Adapter", "LoRA", "attached", "layout", "load", "select", "version"]

@@ -8,6 +8,7 @@ network have done to it stands in one :class:`Site`, so that they come off in an
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ Hook = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any]
 Targets = str | Sequence[str] | None
 FORMAT = "fastdiff.adapter"
 _KEY = "_fastdiff_adapters"  # where a network keeps its Site
+_numbers = itertools.count()  # an id() may come back, a number does not
 
 
 class Site:
@@ -44,11 +46,18 @@ class Site:
         self.owners: dict[str, Adapter] = {}
         self._grads = {id(p): p.requires_grad for p in network.parameters()}
 
+    def __deepcopy__(self, memo: Any) -> Site:
+        raise ValueError(
+            "deepcopy: this network has adapters attached, which a copy would share; need detach() "
+            "before"
+        )
+
     def freeze(self) -> None:
         """Only what an attached adapter trains gets gradients; with none left, as it was."""
-        trained = {n for a in self.adapters for n in a.trains}
-        for name, p in self.network.named_parameters():
-            p.requires_grad_(name in trained if self.adapters else self._grads.get(id(p), True))
+        names = {n for a in self.adapters for n in a.trains}
+        trained = {id(self.network.get_parameter(n)) for n in names}
+        for p in self.network.parameters():
+            p.requires_grad_(id(p) in trained if self.adapters else self._grads.get(id(p), True))
 
     def claim(self, adapter: Adapter, names: Sequence[str]) -> None:
         """``adapter`` is the one to write these parameters."""
@@ -100,13 +109,19 @@ def version(network: nn.Module) -> tuple[Any, ...]:
     return tuple(a.version for a in attached(network))
 
 
+def layout(network: nn.Module) -> tuple[Any, ...]:
+    """What a captured program has frozen of the adapters of ``network``: which there are, which
+    are merged, and where their values lie. Values themselves are read in every replay."""
+    return tuple(a.layout for a in attached(network))
+
+
 def select(
     who: str,
     network: nn.Module,
     targets: Targets = None,
     kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
 ) -> dict[str, nn.Module]:
-    """The layers an adapter is for, by name.
+    """The layers an adapter is for, by name; one that PEFT has wrapped is known by its own.
 
     Args:
         who: for errors.
@@ -121,7 +136,7 @@ def select(
     if not isinstance(network, nn.Module):
         raise ValueError(f"{who}: network is {type(network).__name__}, need an nn.Module")
     every = {
-        name: m
+        plain_name(name): m
         for name, m in network.named_modules()
         if isinstance(m, kinds) and not re.search(r"(^|\.)lora_", name)
     }
@@ -149,6 +164,12 @@ def select(
 
 def _ends(name: str, tail: str) -> bool:
     return name == tail or name.endswith("." + tail)
+
+
+def plain_name(name: str) -> str:
+    """A layer's name before PEFT wrapped it. Its weight goes by that name too, as
+    ``get_parameter`` finds it through the wrapper."""
+    return name.replace(".base_layer", "")
 
 
 def key_of(name: str) -> str:
@@ -191,6 +212,7 @@ class Adapter(nn.Module):
             str, Tensor
         ] = {}  # of `trains`: the trained while off, the base while on
         self._turns = 0
+        self._number = next(_numbers)
 
     # ---- what a method says ----
 
@@ -233,9 +255,23 @@ class Adapter(nn.Module):
 
     @property
     def version(self) -> tuple[int, int]:
-        """Changes whenever a value in it, or what it is attached to, does."""
-        count = sum(t._version for t in (*self.parameters(), *self.buffers()))
-        return id(self), count + self._turns
+        """Changes whenever a value in it, or what it is attached to, does. (Tensors made in
+        inference mode keep no count of writes: those through our own methods are seen.)"""
+        values = (*self.parameters(), *self.buffers())
+        return self._number, self._turns + sum(t._version for t in values if not t.is_inference())
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """See :func:`layout`."""
+        values = (*self.parameters(), *self.buffers())
+        return self._number, self.merged, self.training, *((t.data_ptr(), t.shape) for t in values)
+
+    def state(self) -> str:
+        """One line for a summary."""
+        where = (
+            "merged into the weights" if self.merged else f"listens to {len(self._handles)} layers"
+        )
+        return f"adapter {self.method}: {where if self.on else 'not attached'}"
 
     def trainable(self) -> list[nn.Parameter]:
         """What an optimiser takes: its own parameters and those of the network that it trains."""
@@ -291,6 +327,7 @@ class Adapter(nn.Module):
         def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             return None if self.merged else hook(module, args, kwargs, out)
 
+        call.adapter = self  # type: ignore[attr-defined]  # whom a reader of weights may ask
         return call
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ kernel and stride onto ``rank`` channels, its up a 1 x 1.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -138,7 +137,7 @@ class LoRA(Adapter):
             self.ids.copy_(new)
         else:
             self.ids = new.clone()
-            self._turns += 1
+        self._turns += 1
 
     def _ids(self, rows: int) -> Tensor | None:
         if self.ids is None:
@@ -201,7 +200,8 @@ class LoRA(Adapter):
         """As :meth:`Adapter.merge`, the adapter of one slot with its scale of now."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"{self.method}: slot is {slot!r}, need 0 to {self.slots - 1}")
-        self.slot = slot
+        if not self.merged:  # else the next line refuses
+            self.slot = slot
         super().merge()
 
     def parts(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -261,6 +261,7 @@ class LoRA(Adapter):
                 else:
                     up_.zero_()
             self.scale[slot] = scale
+        self._turns += 1
 
     @classmethod
     def from_peft(
@@ -278,9 +279,10 @@ class LoRA(Adapter):
                 shape; the network is as it was then.
         """
         found, _ = _factors(source, alpha)
-        layers = {n: m for n, m in network.named_modules() if n in found}
+        layers = select(cls.method, network, None, (nn.Linear, nn.Conv2d))
+        layers = {n: m for n, m in layers.items() if n in found}
         for name in found:
-            if not isinstance(layers.get(name), nn.Linear | nn.Conv2d):
+            if name not in layers:
                 raise ValueError(f"{_of(source)}: layer {name} is no linear layer or convolution")
         rank = max(down.shape[0] for down, _ in found.values())
         pattern = "^(" + "|".join(re.escape(n) for n in found) + ")$"
@@ -295,6 +297,8 @@ class LoRA(Adapter):
 
     def to_peft(self, path: str | Path, slot: int = 0) -> None:
         """Write one slot as PEFT names it; its scale is in the up factors."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"{self.method}: slot is {slot!r}, need 0 to {self.slots - 1}")
         state = {}
         for name in self.places:
             pair: Any = self.pairs[key_of(name)]
@@ -353,6 +357,6 @@ def _factors(
     ranks = {down.shape[0] for down, _ in found.values()}
     if alpha is not None and len(ranks) > 1:
         raise ValueError(f"{_of(source)}: ranks are {sorted(ranks)}, need one where alpha is given")
-    if any(not math.isfinite(float(t.abs().sum())) for pair in found.values() for t in pair):
+    if not all(bool(t.isfinite().all()) for pair in found.values() for t in pair):
         raise ValueError(f"{_of(source)}: a value is not finite")
     return found, 1.0 if alpha is None else alpha / next(iter(ranks))

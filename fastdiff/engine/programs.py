@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastdiff import adapters
 from fastdiff.cache import (
     AccumulatedDistance,
     Broadcast,
@@ -30,8 +31,10 @@ from fastdiff.engine.graphs import Pool, Runner, runner
 from fastdiff.engine.held import Held
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.token_state import PART, Choice, open_region
+from fastdiff.engine.weights import Watch
 from fastdiff.tokens.region import RegionAdaptive
 
+_LAYOUTS = 4  # of adapters, whose programs are kept
 _MOST = 64  # steps after which a cache that has not filled its memory is taken to need no more
 
 
@@ -119,7 +122,7 @@ class Slot:
         if choice is not None:
             self.state[id(network), PART] = choice
         self.held: list[Held] = []
-        self.programs: dict[tuple[Hashable, Hashable, Hashable], Program] = {}
+        self.programs: dict[tuple[Hashable, ...], Program] = {}
 
     def arguments(self, inputs: Sequence[Tensor]) -> Any:
         """``(args, kwargs)`` of a call with these tensors."""
@@ -181,8 +184,10 @@ class Programs(nn.Module):
     """A network whose calls within a run are replays of a few programs.
 
     Takes the place of the network in a sampling loop, ``fastdiff.sample(programs, ...)``. Runs come
-    one after another, as they share buffers; an output is valid until the next call. Weights may
-    change in place; after any other change of the network make new programs.
+    one after another, as they share buffers; an output is valid until the next call. Weights and
+    the values of adapters may change in place. Where an adapter is attached, detached, merged or
+    unmerged, programs are made for the network as it is then, and those of before are kept for when
+    it is so again. After any other change of the network make new programs.
 
     Args:
         network: accelerated, with ``policies`` that know their steps before the run.
@@ -212,7 +217,8 @@ class Programs(nn.Module):
         self._slots: dict[Hashable, Slot] = {}
         self._choices: dict[Hashable, Choice] = {}
         self._shapes: dict[int, Hashable] = {}  # of the run's last call with each number
-        self._pool = Pool()
+        self._pool, self._watch = Pool(), Watch(network)
+        self._layout: Hashable = None  # of adapters, at the last call
         self._last: weakref.ref[Request] | None = None
         self._over: weakref.WeakSet[Request] = weakref.WeakSet()
 
@@ -239,6 +245,7 @@ class Programs(nn.Module):
         if request is None:
             return self.network(*args, **kwargs)
         self._begin(request)
+        self._look(request)
         with request.call(self.network) as place:
             number: int = place[1]
             key, slot = self._slot(request, number, args, kwargs)
@@ -272,6 +279,17 @@ class Programs(nn.Module):
         request.trace += [e._replace(step=request.step, slot=request.slot) for e in program.events]
         return out
 
+    def _look(self, request: Request) -> None:
+        """Before a call: have weights or adapters changed since the last one?"""
+        if self._policies and self._watch.look(request):
+            self._forget()
+        layout = adapters.layout(self.network)
+        if self._layout is not None and layout != self._layout:
+            request.notes.append(
+                f"adapters changed before step {request.step}: other programs run from there"
+            )
+        self._layout = layout
+
     def _begin(self, request: Request) -> None:
         last = self._last() if self._last is not None else None
         if last is request:
@@ -285,6 +303,9 @@ class Programs(nn.Module):
             self._over.add(last)
         self._last = weakref.ref(request)
         self._shapes = {}
+        self._forget()
+
+    def _forget(self) -> None:
         for slot in self._slots.values():
             slot.forget()
         for choice in self._choices.values():
@@ -325,7 +346,8 @@ class Programs(nn.Module):
         """That of the current step's kind, made where it is new."""
         step, before = request.step, slot.look(request.step)
         versions = slot.versions
-        key = (_decisions(self._policies, step, request.steps), tuple(before), tuple(versions))
+        decisions = _decisions(self._policies, step, request.steps)
+        key = (decisions, tuple(before), tuple(versions), self._layout)
         if key not in slot.programs:
             program = Program(slot, number, step, request.steps, before)
             kept = slot.kept()
@@ -336,8 +358,14 @@ class Programs(nn.Module):
             if slot.versions != versions:
                 raise RuntimeError("Programs: a step made memory of its own; need it before")
             slot.become(kept, before, step)
-            current = {k: p for k, p in slot.programs.items() if k[2] == key[2]}
-            slot.programs = {**current, key: program}  # without those on memory of before
+            layouts = list(
+                dict.fromkeys([*(k[3] for k in slot.programs if k[3] != key[3]), key[3]])
+            )
+            slot.programs = {  # without those on memory of before
+                k: p
+                for k, p in [*slot.programs.items(), (key, program)]
+                if k[2] == key[2] and k[3] in layouts[-_LAYOUTS:]
+            }
         return slot.programs[key]
 
     def check(self, steps: int = 3) -> list[Report]:

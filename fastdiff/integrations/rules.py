@@ -8,7 +8,6 @@ autocast, a dtype of its own, a layer that an adapter wraps, hooks) it calls the
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType, NoneType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.dispatch import note
+from fastdiff.nn.layers import quiet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Rule = Callable[..., Any]
@@ -57,13 +57,7 @@ def readable(module: Any, cls: type[nn.Module], x: Tensor) -> bool:
     """``module`` is exactly a ``cls`` and nobody listens to its calls, so that reading its weight
     and bias is the same as calling it; they have the dtype and device of ``x``. A ``forward`` of
     its own is a rule of ours, a method, or else it is someone's who wants to be called."""
-    return (
-        type(module) is cls
-        and isinstance(module.__dict__.get("forward"), NoneType | MethodType)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and weights_fit(module, x)
-    )
+    return quiet(module, cls) and weights_fit(module, x)
 
 
 def norm_readable(module: Any, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models._embed import check_inputs, sincos_2d, timestep_embedding, weight_dtype
+from fastdiff.nn import layers
 
 EPS = 1e-6  # of every LayerNorm
 FREQUENCIES = 256  # width of the sinusoidal time embedding
@@ -192,16 +193,17 @@ class DiT(nn.Module):
         patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(b, (h // p) * (w // p), c * p * p)
         proj = self.x_embedder.proj
-        tokens = ops.linear(patches, proj.weight.flatten(1), proj.bias)
+        if layers.quiet(proj, nn.Conv2d):
+            tokens = ops.linear(patches, proj.weight.flatten(1), proj.bias)
+        else:
+            tokens = proj(x).flatten(2).transpose(1, 2)
         return tokens + self.positions(h // p, w // p)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """silu of the condition vector, ``[B, D]``: what every modulation starts from."""
         first, _, second = self.t_embedder.mlp
         frequencies = timestep_embedding(t, FREQUENCIES).to(weight_dtype(self))
-        h = ops.linear(
-            F.silu(ops.linear(frequencies, first.weight, first.bias)), second.weight, second.bias
-        )
+        h = layers.linear(second, F.silu(layers.linear(first, frequencies)))
         return F.silu(h if self.box_size else h + self.y_embedder.embedding_table(y))
 
     def layout(self, y: Tensor, rows: int, columns: int) -> Tensor:
@@ -235,14 +237,13 @@ class DiT(nn.Module):
     def attend(self, block: _Block, h: Tensor) -> Tensor:
         """Self-attention of one block: ``[B, N, D]`` -> ``[B, N, D]``."""
         b, n, d = h.shape
-        proj = block.attn.proj
         out = self.attention(block, *self.heads(block, h)).transpose(1, 2).reshape(b, n, d)
-        return ops.linear(out, proj.weight, proj.bias)
+        return layers.linear(block.attn.proj, out)
 
     def heads(self, block: _Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of one block: ``[B, N, D]`` -> ``[B, H, N, D/H]`` each."""
         b, n, d = h.shape
-        qkv = ops.linear(h, block.attn.qkv.weight, block.attn.qkv.bias)
+        qkv = layers.linear(block.attn.qkv, h)
         q, k, v = qkv.view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -252,9 +253,7 @@ class DiT(nn.Module):
 
     def mlp(self, block: _Block, h: Tensor) -> Tensor:
         """Feed-forward of one block: ``[B, N, D]`` -> ``[B, N, D]``."""
-        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        h = ops.linear(h, fc1.weight, fc1.bias, activation="gelu_tanh")
-        return ops.linear(h, fc2.weight, fc2.bias)
+        return layers.linear(block.mlp.fc2, layers.linear(block.mlp.fc1, h, "gelu_tanh"))
 
     def layers(
         self, h: Tensor, normed: Tensor, mods: list[Tensor], start: int, stop: int
@@ -299,12 +298,10 @@ class DiT(nn.Module):
             h = h + self.layout(y, height // self.patch_size, width // self.patch_size)
         mods: list[Tensor] = []
         for block in self.blocks:
-            modulation = block.adaLN_modulation[1]
-            mods += ops.linear(c, modulation.weight, modulation.bias).chunk(6, dim=-1)
-        modulation = self.final_layer.adaLN_modulation[1]
-        mods += ops.linear(c, modulation.weight, modulation.bias).chunk(2, dim=-1)
+            mods += layers.linear(block.adaLN_modulation[1], c).chunk(6, dim=-1)
+        mods += layers.linear(self.final_layer.adaLN_modulation[1], c).chunk(2, dim=-1)
         # mods: shift, scale of norm 0, then (gate i, shift i+1, scale i+1) for every half block i
         normed = ops.layer_norm_modulate(h, mods[0], mods[1], eps=EPS)
         h, normed = self.layers(h, normed, mods, 0, len(self.blocks))
-        out = ops.linear(normed, self.final_layer.linear.weight, self.final_layer.linear.bias)
+        out = layers.linear(self.final_layer.linear, normed)
         return self.unpatchify(out, height, width).to(x.dtype)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastdiff.models.dit import PRESETS, DiT
 from fastdiff.nn import MoE, SwiGLU
@@ -126,10 +125,7 @@ class DiTMoE(DiT):
         if not self.qk_norm:
             return q, k
         a = block.attn
-        return (
-            F.layer_norm(q, q.shape[-1:], a.q_norm.weight, a.q_norm.bias, NORM_EPS),
-            F.layer_norm(k, k.shape[-1:], a.k_norm.weight, a.k_norm.bias, NORM_EPS),
-        )
+        return a.q_norm(q), a.k_norm(k)
 
     def heads(self, block: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads(block, h)

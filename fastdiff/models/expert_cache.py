@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.nn.layers import heard
 
 if TYPE_CHECKING:
     from fastdiff.models.mode import Cost, MoDE
@@ -60,7 +61,8 @@ class ExpertCache:
     """Experts and gates of every block of ``policy`` at ``sigmas``.
 
     It is for the weights that it was made with: written to in place or replaced, those that decide
-    on the experts make it stale, and its next use says so. Writes through ``.data`` are not seen.
+    on the experts make it stale, and its next use says so; so does an adapter of their layers when
+    it comes, goes or changes. Writes through ``.data`` are not seen.
     The experts' own weights may change.
 
     Raises:
@@ -74,7 +76,7 @@ class ExpertCache:
             raise ValueError(f"ExpertCache: sigmas is {sigmas!r}, need numbers above 0")
         self._policy = policy
         self._weights = policy.routing_weights()
-        self._versions = [p._version for p in self._weights if not p.is_inference()]
+        self._versions = self._version()
         self._choices: dict[int, list[_Choice]] = {}
         self._chosen: dict[int, list[tuple[int, ...]]] = {}
         self._spread: dict[int, dict[int, list[ops.Routing]]] = {}
@@ -110,13 +112,24 @@ class ExpertCache:
         """Experts and gates ``[K]`` of every block, the highest first."""
         return [(c.experts[0], c.weights[0]) for c in self._choices[self._find(sigma)]]
 
+    def _version(self) -> list[object]:
+        """Of the weights that decide on the experts, and of adapters on their layers."""
+        found: list[object] = [p._version for p in self._weights if not p.is_inference()]
+        for layer in self._policy.routing_layers():
+            if not heard(layer):
+                continue
+            for hook in layer._forward_hooks.values():
+                adapter = getattr(hook, "adapter", None)
+                found.append(id(hook) if adapter is None else adapter.version)
+        return found
+
     def stale(self) -> bool:
         """Weights that decide on the experts are others than those it was made with."""
         now = self._policy.routing_weights()
         same = len(now) == len(self._weights) and all(
             a is b for a, b in zip(now, self._weights, strict=True)
         )
-        return not same or self._versions != [p._version for p in now if not p.is_inference()]
+        return not same or self._versions != self._version()
 
     def lookup(self, policy: MoDE, sigma: float | Tensor) -> Callable[[int], Sequence[ops.Routing]]:
         """The routings of a call at ``sigma``, a number or a tensor ``[B]`` on the CPU, as a

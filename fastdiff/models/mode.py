@@ -29,7 +29,7 @@ from fastdiff import ops
 from fastdiff.models._embed import weight_dtype
 from fastdiff.models.expert_cache import ExpertCache
 from fastdiff.models.expert_store import ExpertStore
-from fastdiff.nn import MoE, Weights
+from fastdiff.nn import MoE, Weights, layers
 from fastdiff.ops._check import check_tensor
 
 EPS = 1e-6  # of every norm
@@ -49,6 +49,14 @@ class Cost(NamedTuple):
         return sum(self)
 
 
+def _wide(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer in the dtype of ``x``, its weights converted; listeners get their own."""
+    if layers.quiet(layer, nn.Linear):
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    y: Tensor = layer(x.to(layer.weight.dtype))
+    return y.to(x.dtype)
+
+
 class _Router(nn.Module):
     def __init__(self, width: int, experts: int):
         super().__init__()
@@ -60,8 +68,7 @@ class _Router(nn.Module):
         wide = torch.promote_types(c.dtype, torch.float32)
         first, second = self.fc1, self.fc2
         with torch.autocast(c.device.type, enabled=False):
-            h = F.gelu(F.linear(c.to(wide), first.weight.to(wide), first.bias.to(wide)))
-            logits = F.linear(h, second.weight.to(wide), second.bias.to(wide))
+            logits = _wide(second, F.gelu(_wide(first, c.to(wide))))
         return logits.softmax(1).clamp(min=LEAST).log()
 
 
@@ -144,13 +151,16 @@ class MoDE(nn.Module):
     def condition(self, sigma: Tensor) -> Tensor:
         """c ``[B, C]`` of levels ``[B]``."""
         t = (sigma.log() / 4).to(weight_dtype(self))[:, None]
-        h = ops.linear(t, self.sigma_emb.weight, self.sigma_emb.bias)
-        return ops.linear(h, self.sigma_linear.weight)
+        return layers.linear(self.sigma_linear, layers.linear(self.sigma_emb, t))
 
     def routing_weights(self) -> tuple[Tensor, ...]:
         """Parameters that decide on the experts of a level."""
-        parts = [self.sigma_emb, self.sigma_linear, *(block.router for block in self.blocks)]
-        return tuple(p for part in parts for p in part.parameters())
+        return tuple(p for layer in self.routing_layers() for p in layer.parameters())
+
+    def routing_layers(self) -> tuple[nn.Module, ...]:
+        """Layers that decide on the experts of a level."""
+        routers = [layer for b in self.blocks for layer in (b.router.fc1, b.router.fc2)]
+        return self.sigma_emb, self.sigma_linear, *routers
 
     def logits(self, c: Tensor) -> list[Tensor]:
         """Of every block, ``[B, E]``."""
@@ -182,12 +192,12 @@ class MoDE(nn.Module):
 
     def _attend(self, block: Any, h: Tensor, mask: Tensor | None) -> Tensor:
         b, n, d = h.shape
-        qkv = ops.linear(h, block.qkv.weight, block.qkv.bias)
+        qkv = layers.linear(block.qkv, h)
         q, k, v = qkv.view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k = ops.qk_norm_rope(q, k, block.q_norm, block.k_norm, eps=EPS)
         out = ops.attention(q, k, v, bias=mask)
         assert isinstance(out, Tensor)
-        return ops.linear(out.transpose(1, 2).reshape(b, n, d), block.proj.weight)
+        return layers.linear(block.proj, out.transpose(1, 2).reshape(b, n, d))
 
     def _tokens(self, x: Tensor, c: Tensor, state: Tensor, goal: Tensor | None) -> Tensor:
         dtype, at = c.dtype, self.goals
@@ -196,11 +206,9 @@ class MoDE(nn.Module):
         if goal is None:  # the embedding has no bias: what goals of 0 give
             parts.append(place.expand(x.shape[0], -1, -1))
         else:
-            parts.append(ops.linear(goal.to(dtype), self.goal_emb.weight) + place)
-        parts.append(
-            ops.linear(state.to(dtype), self.state_emb.weight) + self.pos_emb[:, at : at + 1]
-        )
-        parts.append(ops.linear(x.to(dtype), self.action_emb.weight) + self.pos_emb[:, at:])
+            parts.append(layers.linear(self.goal_emb, goal.to(dtype)) + place)
+        parts.append(layers.linear(self.state_emb, state.to(dtype)) + self.pos_emb[:, at : at + 1])
+        parts.append(layers.linear(self.action_emb, x.to(dtype)) + self.pos_emb[:, at:])
         return torch.cat(parts, 1)
 
     def network(
@@ -240,7 +248,7 @@ class MoDE(nn.Module):
                 routing = routing._replace(offsets=ends)
             h = normed + block.moe.experts_of(tokens, routing, weights).view(b, n, d)
         h = F.rms_norm(h[:, n - self.chunk :], (d,), self.norm, EPS)
-        return ops.linear(h, self.out.weight, self.out.bias)
+        return layers.linear(self.out, h)
 
     def forward(
         self,

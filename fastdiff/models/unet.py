@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models._embed import check_inputs, timestep_embedding, weight_dtype
+from fastdiff.nn import layers
 
 TRANSFORMER_EPS = 1e-6  # of the GroupNorm before a transformer, as in Stable Diffusion
 
@@ -35,23 +36,18 @@ class Resnet(nn.Module):
         self.scale_shift = scale_shift
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        n1, n2 = self.norm1, self.norm2
-        time = ops.linear(time, self.time_emb_proj.weight, self.time_emb_proj.bias)
-        h = ops.group_norm_silu(x, n1.num_groups, n1.weight, n1.bias, eps=n1.eps)
-        scale = shift = None
-        bias: Any = self.conv1.bias
+        time = layers.linear(self.time_emb_proj, time)
+        h = layers.group_norm(self.norm1, x)
+        scale = shift = bias = None
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=-1)
         else:
-            bias = bias + time  # one of each sample
-        h = ops.conv3x3(h, self.conv1.weight, bias)
-        h = ops.group_norm_silu(
-            h, n2.num_groups, n2.weight, n2.bias, shift=shift, scale=scale, eps=n2.eps
-        )
-        if (shortcut := self.conv_shortcut) is not None:  # over pixels, which are tokens
-            pixels = x.permute(0, 2, 3, 1)
-            x = ops.linear(pixels, shortcut.weight.flatten(1), shortcut.bias).permute(0, 3, 1, 2)
-        return ops.conv3x3(h, self.conv2.weight, self.conv2.bias, add=x)
+            bias = time
+        h = layers.conv3x3(self.conv1, h, bias)
+        h = layers.group_norm(self.norm2, h, shift=shift, scale=scale)
+        if self.conv_shortcut is not None:
+            x = layers.pointwise(self.conv_shortcut, x)
+        return layers.conv3x3(self.conv2, h, add=x)
 
 
 class Attention(nn.Module):
@@ -66,12 +62,12 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = ops.linear(x, self.to_q.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = ops.linear(context, self.to_k.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = ops.linear(context, self.to_v.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = layers.linear(self.to_q, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = layers.linear(self.to_k, context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = layers.linear(self.to_v, context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out: Any = ops.attention(q, k, v)
         out = out.transpose(1, 2).flatten(2)
-        return ops.linear(out, self.to_out[0].weight, self.to_out[0].bias)
+        return layers.linear(self.to_out[0], out)
 
 
 class _FeedForward(nn.Module):
@@ -84,8 +80,7 @@ class _FeedForward(nn.Module):
         self.net = nn.ModuleList([gate, nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = ops.geglu(ops.linear(x, self.net[0].proj.weight), self.net[0].proj.bias)
-        return ops.linear(h, self.net[2].weight, self.net[2].bias)
+        return layers.linear(self.net[2], layers.geglu(self.net[0].proj, x))
 
 
 class _TransformerBlock(nn.Module):
@@ -99,15 +94,10 @@ class _TransformerBlock(nn.Module):
         self.ff = _FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        n1, n2, n3 = self.norm1, self.norm2, self.norm3
         one = x.new_ones(x.shape[0], x.shape[2])  # no gates here: residual and norm stay one kernel
-        h = ops.layer_norm_modulate(x, weight=n1.weight, bias=n1.bias, eps=n1.eps)
-        x, h = ops.gate_residual_norm_modulate(
-            x, self.attn1(h, h), one, weight=n2.weight, bias=n2.bias, eps=n2.eps
-        )
-        x, h = ops.gate_residual_norm_modulate(
-            x, self.attn2(h, context), one, weight=n3.weight, bias=n3.bias, eps=n3.eps
-        )
+        h = layers.layer_norm(self.norm1, x)
+        x, h = layers.gate_norm(self.norm2, x, self.attn1(h, h), one)
+        x, h = layers.gate_norm(self.norm3, x, self.attn2(h, context), one)
         return x + self.ff(h)
 
 
@@ -130,14 +120,13 @@ class Transformer(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        n = self.norm
         height = x.shape[2]
-        h = ops.group_norm_silu(x, n.num_groups, n.weight, n.bias, eps=n.eps, silu=False)
+        h = layers.group_norm(self.norm, x, silu=False)
         h = h.flatten(2).transpose(1, 2)  # [B, H*W, C]: free where h is channels-last
-        h = ops.linear(h, self.proj_in.weight, self.proj_in.bias)
+        h = layers.linear(self.proj_in, h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = ops.linear(h, self.proj_out.weight, self.proj_out.bias)
+        h = layers.linear(self.proj_out, h)
         return x + h.transpose(1, 2).unflatten(2, (height, -1))
 
 
@@ -189,8 +178,7 @@ class _Up(_Stage):
             if len(self.attentions):
                 h = self.attentions[i](h, context)
         if self.upsamplers is not None:
-            conv = self.upsamplers[0].conv
-            h = ops.conv3x3(h, conv.weight, conv.bias, upsample=True)
+            h = layers.conv3x3(self.upsamplers[0].conv, h, upsample=True)
         return h
 
 
@@ -327,8 +315,7 @@ class UNet(nn.Module):
         """silu of the time embedding, ``[B, 4 C_0]``: what every residual block projects."""
         first, second = self.time_embedding.linear_1, self.time_embedding.linear_2
         wave = timestep_embedding(t, self.conv_in.out_channels).to(weight_dtype(self))
-        h = F.silu(ops.linear(wave, first.weight, first.bias))
-        return F.silu(ops.linear(h, second.weight, second.bias))
+        return F.silu(layers.linear(second, F.silu(layers.linear(first, wave))))
 
     def tokens(self, y: Tensor | None, context: Tensor | None) -> Tensor:
         """``context``, or where it is None the learned tokens of the classes y: ``[B, L, Dc]``."""
@@ -388,7 +375,5 @@ class UNet(nn.Module):
             count = len(stage.resnets)
             h = stage(h, skips[-count:], time, context)
             skips = skips[:-count]
-        n = self.conv_norm_out
-        h = ops.group_norm_silu(h, n.num_groups, n.weight, n.bias, eps=n.eps)
-        h = ops.conv3x3(h, self.conv_out.weight, self.conv_out.bias)
+        h = layers.conv3x3(self.conv_out, layers.group_norm(self.conv_norm_out, h))
         return h.contiguous().to(x.dtype)

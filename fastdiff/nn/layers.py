@@ -1,0 +1,131 @@
+"""Layers of torch on our operations, unless somebody listens to them.
+
+A network of ours reads the weights of its layers, so that products, activations, residuals and
+norms share kernels. A layer that has hooks (an adapter's), is of a class of its own (a layer of
+PEFT, a parametrised one) or has a ``forward`` of somebody's is called instead, and what its kernel
+would have done beside it is done around it.
+"""
+
+from __future__ import annotations
+
+from types import MethodType, NoneType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff import ops
+
+
+def heard(module: Any) -> bool:
+    """Somebody listens to the calls of ``module``; an adapter that is merged does not."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return bool(module._forward_hooks) and any(
+        (adapter := getattr(hook, "adapter", None)) is None or not adapter.merged
+        for hook in module._forward_hooks.values()
+    )
+
+
+def quiet(module: Any, cls: type[nn.Module]) -> bool:
+    """Reading the weights of ``module`` is the same as calling it: it is exactly a ``cls``, and
+    nobody listens. (A method as its own ``forward`` is a rule of the exact mode.)"""
+    return (
+        type(module) is cls
+        and not heard(module)
+        and isinstance(module.__dict__.get("forward"), NoneType | MethodType)
+    )
+
+
+def linear(module: Any, x: Tensor, activation: str | None = None) -> Tensor:
+    """``act(module(x))``; ``x [..., K]``, ``activation`` as in ``ops.linear``."""
+    if quiet(module, nn.Linear):
+        return ops.linear(x, module.weight, module.bias, activation=activation)
+    y: Tensor = module(x)
+    if activation is None:
+        return y
+    return F.silu(y) if activation == "silu" else F.gelu(y, approximate="tanh")
+
+
+def geglu(module: Any, x: Tensor) -> Tensor:
+    """GEGLU of ``module(x)``: ``[..., K]`` -> ``[..., N / 2]``."""
+    if quiet(module, nn.Linear):
+        return ops.geglu(ops.linear(x, module.weight), module.bias)
+    return ops.geglu(module(x))
+
+
+def conv3x3(
+    module: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    add: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """``module(up(x)) + bias + add``: a 3x3 convolution of stride 1 and padding 1.
+
+    Args:
+        module: a convolution.
+        x: ``[B, C, H, W]``.
+        bias: ``[B, N]``, one of each sample, beside the layer's own.
+        add: ``[B, N, H, W]``, sizes of the result.
+        upsample: every pixel of ``x`` is doubled in both directions before.
+    """
+    if quiet(module, nn.Conv2d):
+        own = module.bias
+        both = own if bias is None else bias if own is None else own + bias
+        return ops.conv3x3(x, module.weight, both, add=add, upsample=upsample)
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    y: Tensor = module(x)
+    if bias is not None:
+        y = y + bias[:, :, None, None]
+    return y if add is None else add + y
+
+
+def pointwise(module: Any, x: Tensor) -> Tensor:
+    """A 1x1 convolution of ``x [B, C, H, W]``: a linear layer over pixels."""
+    if quiet(module, nn.Conv2d):
+        pixels = x.permute(0, 2, 3, 1)
+        return ops.linear(pixels, module.weight.flatten(1), module.bias).permute(0, 3, 1, 2)
+    out: Tensor = module(x)
+    return out
+
+
+def group_norm(
+    module: Any,
+    x: Tensor,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``silu(module(x) (1 + scale) + shift)``; ``x [B, C, H, W]``, shift and scale ``[B, C]`` or
+    both None."""
+    if quiet(module, nn.GroupNorm):
+        return ops.group_norm_silu(
+            x, module.num_groups, module.weight, module.bias,
+            shift=shift, scale=scale, eps=module.eps, silu=silu,
+        )  # fmt: skip
+    y: Tensor = module(x)
+    if shift is not None and scale is not None:
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def layer_norm(module: Any, x: Tensor) -> Tensor:
+    """``module(x)``, a LayerNorm of ``x [B, N, D]`` over its last dimension."""
+    if quiet(module, nn.LayerNorm):
+        return ops.layer_norm_modulate(x, weight=module.weight, bias=module.bias, eps=module.eps)
+    out: Tensor = module(x)
+    return out
+
+
+def gate_norm(module: Any, x: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """``r = x + gate * update`` and ``module(r)``; ``[B, N, D]``, gate ``[B, D]``."""
+    if quiet(module, nn.LayerNorm):
+        return ops.gate_residual_norm_modulate(
+            x, update, gate, weight=module.weight, bias=module.bias, eps=module.eps
+        )
+    r = ops.gate_residual(x, update, gate)
+    return r, module(r)
