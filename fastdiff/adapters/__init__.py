@@ -12,9 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
+from fastdiff.adapters.conprediff import ConPreDiff, context_loss
 from fastdiff.adapters.lora import LoRA
+from fastdiff.adapters.repa import Repa, alignment_loss
 
-METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA,)}
+METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA, Repa, ConPreDiff)}
 
 
 def load(network: nn.Module, path: str | Path) -> Adapter:
@@ -43,4 +45,16 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
     return adapter
 
 
-__all__ = ["METHODS", "Adapter", "LoRA", "attached", "load", "select", "version"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "ConPreDiff",
+    "LoRA",
+    "Repa",
+    "alignment_loss",
+    "attached",
+    "context_loss",
+    "load",
+    "select",
+    "version",
+]
