@@ -14,9 +14,12 @@ from torch import nn
 from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
 from fastdiff.adapters.lora import LoRA
+from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
 
-METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA, Repa, ConPreDiff)}
+METHODS: dict[str, type[Adapter]] = {
+    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, Repa, ConPreDiff)
+}
 
 
 def load(network: nn.Module, path: str | Path) -> Adapter:
@@ -49,12 +52,16 @@ __all__ = [
     "METHODS",
     "Adapter",
     "ConPreDiff",
+    "Concepts",
     "LoRA",
+    "OrthogonalLoRA",
     "Repa",
     "alignment_loss",
     "attached",
     "context_loss",
+    "crosstalk",
     "load",
+    "merge_concepts",
     "select",
     "version",
 ]
