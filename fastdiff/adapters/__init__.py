@@ -14,11 +14,12 @@ from torch import nn
 from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
 from fastdiff.adapters.lora import LoRA
+from fastdiff.adapters.motion import MotionLoRA, motion_director
 from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
 
 METHODS: dict[str, type[Adapter]] = {
-    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, Repa, ConPreDiff)
+    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, MotionLoRA, Repa, ConPreDiff)
 }
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "ConPreDiff",
     "Concepts",
     "LoRA",
+    "MotionLoRA",
     "OrthogonalLoRA",
     "Repa",
     "alignment_loss",
@@ -62,6 +64,7 @@ __all__ = [
     "crosstalk",
     "load",
     "merge_concepts",
+    "motion_director",
     "select",
     "version",
 ]
