@@ -13,13 +13,14 @@ from torch import nn
 
 from fastdiff.adapters.base import Adapter, attached, compare, read, select, version
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
+from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
 from fastdiff.adapters.lora import LoRA
 from fastdiff.adapters.motion import MotionLoRA, motion_director
 from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
 
 METHODS: dict[str, type[Adapter]] = {
-    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, MotionLoRA, Repa, ConPreDiff)
+    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, HiPA, MotionLoRA, Repa, ConPreDiff)
 }
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "Adapter",
     "ConPreDiff",
     "Concepts",
+    "HiPA",
     "LoRA",
     "MotionLoRA",
     "OrthogonalLoRA",
@@ -62,9 +64,11 @@ __all__ = [
     "attached",
     "context_loss",
     "crosstalk",
+    "high_frequency_loss",
     "load",
     "merge_concepts",
     "motion_director",
+    "one_step",
     "select",
     "version",
 ]
