@@ -12,9 +12,16 @@ from pathlib import Path
 from torch import nn
 
 from fastdiff.adapters.base import Adapter, attached, compare, layout, read, select, version
+from fastdiff.adapters.conprediff import ConPreDiff, context_loss
+from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
 from fastdiff.adapters.lora import LoRA
+from fastdiff.adapters.motion import MotionLoRA, motion_director
+from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
+from fastdiff.adapters.repa import Repa, alignment_loss
 
-METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in (LoRA,)}
+METHODS: dict[str, type[Adapter]] = {
+    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, HiPA, MotionLoRA, Repa, ConPreDiff)
+}
 
 
 def load(network: nn.Module, path: str | Path) -> Adapter:
@@ -43,4 +50,26 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
     return adapter
 
 
-__all__ = ["METHODS", "Adapter", "LoRA", "attached", "layout", "load", "select", "version"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "ConPreDiff",
+    "Concepts",
+    "HiPA",
+    "LoRA",
+    "MotionLoRA",
+    "OrthogonalLoRA",
+    "Repa",
+    "alignment_loss",
+    "attached",
+    "context_loss",
+    "crosstalk",
+    "high_frequency_loss",
+    "layout",
+    "load",
+    "merge_concepts",
+    "motion_director",
+    "one_step",
+    "select",
+    "version",
+]

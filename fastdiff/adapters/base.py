@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any]
+Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 Targets = str | Sequence[str] | None
 FORMAT = "fastdiff.adapter"
 _KEY = "_fastdiff_adapters"  # where a network keeps its Site
@@ -56,8 +57,9 @@ class Site:
         """Only what an attached adapter trains gets gradients; with none left, as it was."""
         names = {n for a in self.adapters for n in a.trains}
         trained = {id(self.network.get_parameter(n)) for n in names}
+        frozen = any(a.freezes for a in self.adapters)
         for p in self.network.parameters():
-            p.requires_grad_(id(p) in trained if self.adapters else self._grads.get(id(p), True))
+            p.requires_grad_(id(p) in trained if frozen else self._grads.get(id(p), True))
 
     def claim(self, adapter: Adapter, names: Sequence[str]) -> None:
         """``adapter`` is the one to write these parameters."""
@@ -185,17 +187,22 @@ class Adapter(nn.Module):
     """Something small that is trained in the place of a network; attached once it is made.
 
     Args:
-        network: any module. Its parameters stop asking for gradients while an adapter is
+        network: any module whose layers are called (those that read their weights alone, such as
+            the fused ones of ``fastdiff.models``, can be merged into and hear nothing else: their
+            first call says so). Its parameters stop asking for gradients while an adapter is
             attached, but for those that the adapter trains itself.
         settings: what, beside the network and the trained values, makes it again; JSON.
 
     Attributes:
         method: its name in a file.
+        freezes: the network's parameters stop asking for gradients; False: it is trained on beside
+            the adapter, and what it was before is not kept.
         trains: names of the network's own parameters that it trains.
         merged: it is in the network's weights, and its hooks are silent.
     """
 
     method: ClassVar[str] = ""
+    freezes: ClassVar[bool] = True
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:
         super().__init__()
@@ -213,11 +220,16 @@ class Adapter(nn.Module):
         ] = {}  # of `trains`: the trained while off, the base while on
         self._turns = 0
         self._number = next(_numbers)
+        self._heard = False  # a hook has been called
 
     # ---- what a method says ----
 
     def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
         """``hook(module, args, kwargs, output)``, which gives the output to go on with."""
+        yield from ()
+
+    def before(self) -> Iterator[tuple[nn.Module, Before]]:
+        """``hook(module, args, kwargs)``, which sees what a module is called with."""
         yield from ()
 
     def parts(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -295,8 +307,12 @@ class Adapter(nn.Module):
         self._swap()
         place.adapters.append(self)
         place.freeze()
+        for module, seen in self.before():
+            self._handles.append(module.register_forward_pre_hook(seen, with_kwargs=True))
         for module, hook in self.hooks():
             self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
+        if self._handles:
+            self._handles.append(self.network.register_forward_hook(self._listen))
         self._turns += 1
         return self
 
@@ -325,10 +341,21 @@ class Adapter(nn.Module):
 
     def _quiet(self, hook: Hook) -> Hook:
         def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            if not self._heard:
+                self._heard = True
             return None if self.merged else hook(module, args, kwargs, out)
 
         call.adapter = self  # type: ignore[attr-defined]  # whom a reader of weights may ask
         return call
+
+    def _listen(self, network: Any, *_: Any) -> None:
+        """An adapter without effect is an error, not a network that learns nothing."""
+        if not self._heard and not self.merged:
+            raise ValueError(
+                f"{self.method}: a call of {type(network).__name__} has called none of the layers "
+                "it listens to, need a network that calls them (fastdiff.models.baseline.plain "
+                "gives one of a fused one) or merge()"
+            )
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -94,7 +94,7 @@ class LoRA(Adapter):
             dropout=dropout,
         )
         kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
-        self.places: dict[str, Any] = select(who, network, targets, kinds)
+        self.places: dict[str, Any] = self.find(network, targets, kinds)
         for name, m in self.places.items():
             if isinstance(m, nn.Conv2d) and (m.groups != 1 or m.padding_mode != "zeros"):
                 raise ValueError(
@@ -110,7 +110,19 @@ class LoRA(Adapter):
         self.register_buffer("scale", torch.full((slots,), start, device=device))
         self.register_buffer("ids", None, persistent=False)
         self.slot = 0
+        self.prepare()
         self.attach()
+
+    # ---- what a kind of LoRA says ----
+
+    def find(
+        self, network: nn.Module, targets: Targets, kinds: tuple[type[nn.Module], ...]
+    ) -> dict[str, nn.Module]:
+        """Its layers, by name."""
+        return select(self.method, network, targets, kinds)
+
+    def prepare(self) -> None:
+        """Once its factors are there, before it is attached."""
 
     # ---- which sample has which ----
 

@@ -56,7 +56,7 @@ class PlainDiT(DiT):
             mods = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = mods
             h = h + gate_1 * self._attention(block, self._norm(h, shift_1, scale_1))
-            h = h + gate_2 * self._mlp(block, self._norm(h, shift_2, scale_2))
+            h = block(h + gate_2 * self._mlp(block, self._norm(h, shift_2, scale_2)))
         shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         out = self.final_layer.linear(self._norm(h, shift, scale))
         return self.unpatchify(out, x.shape[2], x.shape[3]).to(x.dtype)

@@ -56,6 +56,11 @@ class _Block(nn.Module):
         self.mlp = _Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    def forward(self, h: Tensor) -> Tensor:
+        """Called with the tokens after the block, ``[B, N, D]``: for hooks, which may change them.
+        The block itself is computed by the network, across blocks."""
+        return h
+
 
 class DiT(nn.Module):
     """Class-conditional diffusion transformer.
@@ -264,6 +269,8 @@ class DiT(nn.Module):
             gate, shift, scale = mods[3 * i + 2 : 3 * i + 5]
             update = half(self.blocks[i // 2], normed)
             h, normed = ops.gate_residual_norm_modulate(h, update, gate, shift, scale, eps=EPS)
+            if i % 2 and (after := self.blocks[i // 2](h)) is not h:
+                h, normed = after, ops.layer_norm_modulate(after, shift, scale, eps=EPS)
         return h, normed
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

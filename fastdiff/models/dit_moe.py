@@ -44,6 +44,10 @@ class _Block(nn.Module):
         self.moe = MoE(dim, hidden, experts, k, shared=SwiGLU(dim, shared * dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    def forward(self, h: Tensor) -> Tensor:
+        """Called with the tokens after the block, as that of :class:`DiT`."""
+        return h
+
 
 class DiTMoE(DiT):
     """Class-conditional diffusion transformer of experts; called and sampled as :class:`DiT` is.
