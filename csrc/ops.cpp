@@ -77,6 +77,13 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "sparse_conv2d_weight_grad(Tensor grad, Tensor x, Tensor crow, Tensor col, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  // x [B,...,C] with dim -1, [B,C,...] with dim 1; scale, shift [C], or [A,C] with index [B]; of
+  // x's dtype or float32
+  m.def("scale_shift(Tensor x, Tensor scale, Tensor? shift, Tensor? index, int dim) -> Tensor");
+  // -> grad_x, and float32 [A|1,C]: grad_scale, grad_shift
+  m.def(
+      "scale_shift_backward(Tensor grad, Tensor x, Tensor scale, Tensor? index, int dim) "
+      "-> (Tensor, Tensor, Tensor)");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "

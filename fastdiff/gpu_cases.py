@@ -160,8 +160,35 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
+    yield from _adapters(dtype)
     yield from _small_experts(dtype)
     yield from _experts(dtype)
+
+
+def _adapters(dtype: torch.dtype) -> Iterator[Case]:
+    """DiT-XL/2 at 512 px, and the finest level of Stable Diffusion's U-Net."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    tokens, image, tasks = (2, 1024, 1152), (2, 320, 64, 64), torch.empty(2, dtype=torch.int64)
+    yield Case("scale_shift", "DiT-XL/2 2x1024x1152", lambda: _call(t(*tokens), t(1152), t(1152)))
+    yield Case(
+        "scale_shift",
+        "DiT-XL/2 2x1024x1152, 8 tasks, float32 scale",
+        lambda: _call(t(*tokens), torch.empty(8, 1152), index=tasks),
+    )
+    yield Case("scale_shift", "SD 1.5 2x320x64x64", lambda: _call(t(*image), t(320), t(320), dim=1))
+    yield Case(
+        "scale_shift_backward",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(t(*tokens), t(*tokens), t(1152)),
+    )
+    yield Case(
+        "scale_shift_backward",
+        "SD 1.5 2x320x64x64, 8 tasks",
+        lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks),
+    )
 
 
 def _small_experts(dtype: torch.dtype) -> Iterator[Case]:

@@ -66,6 +66,8 @@ def good(op):
             q=q, k=q, q_weight=ones(8), k_weight=ones(8), cos=ones(5, 4), sin=ones(5, 4),
             position=index(2, 5),
         ),
+        "scale_shift": dict(x=x, scale=ones(3, 8), shift=ones(3, 8), index=index(2)),
+        "scale_shift_backward": dict(grad=x, x=x, scale=ones(3, 8), index=index(2)),
         "scatter_tokens": dict(x=x, index=index(2, 2), y=ones(2, 2, 8), gate=ones(2, 8)),
         "select_tokens": dict(
             score=ones(2, 6), count=2, drops=torch.zeros(2, 6, dtype=torch.int32),
@@ -109,6 +111,7 @@ FINE = {
     ("grouped_weight_grad", "x", "last dimension + 1"): "a wider row, which no other has",
     ("grouped_weight_grad", "offsets", "first dimension + 1"): "any number of groups",
     ("grouped_weight_grad", "offsets", "last dimension + 1"): "any number of groups",
+    ("scale_shift_backward", "scale", "first dimension + 1"): "any number of rows",
     ("moe_combine", "y", "first dimension + 1"): "more rows, which the positions pick from",
     ("moe_combine", "y", "last dimension + 1"): "a wider row, which no other argument has",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
@@ -180,6 +183,18 @@ CASES = [
     ("scatter_tokens", dict(x=X, index=index(2, 1), y=X), r"y has shape \[2, 3, 8\], need \[2, 1"),
     ("scatter_tokens", dict(x=X, index=index(2, 3), y=X, gate=ones(8)), r"gate has shape \[8\]"),
     ("scatter_tokens", dict(x=X, index=index(2, 3), y=X.half()), "y is torch.float16, need"),
+    ("scale_shift", dict(x=X, scale=ones(8), dim=0), "dim is 0, need -1 or 1"),
+    ("scale_shift", dict(x=X, scale=ones(8), dim=1), r"scale has shape \[8\], need \[3\]"),
+    ("scale_shift", dict(x=X[0, 0], scale=ones(8)), r"x has shape \[8\], need at least 2"),
+    ("scale_shift", dict(x=X, scale=ones(2, 8)), r"scale has shape \[2, 8\], need \[8\]"),
+    ("scale_shift", dict(x=X, scale=ones(8), index=index(2)), r"scale has shape \[8\], need \[any"),
+    ("scale_shift", dict(x=X, scale=ones(2, 8), index=index(2) + 2), "index has value 2, need 0"),
+    ("scale_shift", dict(x=X, scale=ones(2, 8), index=index(2) - 1), "index has value -1, need 0"),
+    ("scale_shift", dict(x=X, scale=ones(8).half()), "scale is torch.float16, need torch.float32"),
+    ("scale_shift", dict(x=X, scale=ones(8), shift=ones(8).half()), "shift is torch.float16, need"),
+    ("scale_shift_backward", dict(grad=X[:1], x=X, scale=ones(8)), r"grad has shape \[1, 3, 8\]"),
+    ("scale_shift_backward", dict(grad=X, x=X, scale=ones(2, 8), index=index(2) + 5),
+     "index has value 5, need 0 to 1"),
     ("geglu", dict(x=X[..., :7]), r"x has shape \[2, 3, 7\], need an even last dimension"),
     ("geglu", dict(x=X, approximate="erf"), "approximate is 'erf', need 'none' or 'tanh'"),
     ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
@@ -249,6 +264,8 @@ CALLS = dict(
     philox_normal=dict(seed=torch.ones(2, dtype=long), slot=torch.ones(2, dtype=long),
                        step=torch.ones(2, dtype=long)),
     gather_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long)),
+    scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
+    scale_shift_backward=dict(grad=x, x=x, scale=one(3, 8), index=torch.zeros(2, dtype=long)),
     scatter_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long), y=x[:, :2], gate=x[:, 0]),
     select_tokens=dict(score=one(2, 6), drops=torch.zeros(2, 6, dtype=torch.int32),
                        forced=torch.zeros(2, 6, dtype=torch.bool), factors=one(2, 9)),
@@ -274,7 +291,7 @@ SPOIL = dict(
     meta=lambda t: t.to("meta"),
 )
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
-             keep=True, numel=7, count=2, low=1, most=3, reset=True)
+             dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -323,6 +340,8 @@ VALID = {
     "geglu": {"x": "more_dims first_more empty"},
     "gelu_tanh": {"x": "more_dims first_more empty"},
     "group_norm_silu": {"x": "last_more last_less empty_last"},
+    "scale_shift": {"x": "other_float"},
+    "scale_shift_backward": {"scale": "first_more"},
     "select_tokens": {"drops": "int32", "factors": "last_more last_less"},
     "philox_normal": {
         "seed": "high negative",

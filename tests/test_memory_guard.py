@@ -59,11 +59,16 @@ def calls(dtype):
         yield "select_tokens", (r(b, d).float(), 1 + d // 3, i(4, b, d).int()), dict(high=0.5)
         yield "scatter_tokens", (x, i(n, b, n), y, m[2]), {}
         yield "scatter_tokens", (x, i(n, b, n), y, r(b, n, d)), {}
+        yield "scale_shift", (x, r(d), r(d)), {}
+        yield "scale_shift", (x, r(3, d)), dict(index=i(3, b))
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
         extra = dict(shift=r(b, c), scale=r(b, c))
         yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra
         yield "group_norm_silu", (r(b, h, w, c).movedim(-1, 1), g, r(c), r(c)), extra
+        for x in (r(b, c, h, w), r(b, h, w, c).movedim(-1, 1)):
+            yield "scale_shift", (x, torch.randn(c), torch.randn(c)), dict(dim=1)
+            yield "scale_shift", (x, r(2, c), r(2, c)), dict(dim=1, index=i(2, b))
     for b, c, h, w, n in ((1, 1, 5, 5, 1), (2, 7, 5, 9, 17), (1, 65, 16, 4, 130)):
         x = r(b, c, h, w), r(b, h, w, c).movedim(-1, 1)
         for up in (False, True):

@@ -15,6 +15,7 @@ from fastdiff.ops.layer_norm_modulate import (
 from fastdiff.ops.linear import linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
+from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.sparse_grad import (
     SparseIndex,
@@ -51,6 +52,8 @@ __all__ = [
     "philox_normal",
     "qk_norm_rope",
     "rope_table",
+    "scale_shift",
+    "scale_shift_backward",
     "scatter_tokens",
     "select_tokens",
     "sparse_conv2d_weight_grad",
