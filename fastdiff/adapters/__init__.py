@@ -18,9 +18,11 @@ from fastdiff.adapters.lora import LoRA
 from fastdiff.adapters.motion import MotionLoRA, motion_director
 from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
+from fastdiff.adapters.sara import SaRA, SparseAdamW
 
 METHODS: dict[str, type[Adapter]] = {
-    cls.method: cls for cls in (LoRA, OrthogonalLoRA, Concepts, HiPA, MotionLoRA, Repa, ConPreDiff)
+    cls.method: cls
+    for cls in (LoRA, OrthogonalLoRA, Concepts, HiPA, MotionLoRA, Repa, ConPreDiff, SaRA)
 }
 
 
@@ -38,7 +40,7 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
         )
     try:
         settings = json.loads(facts["settings"])
-        adapter = METHODS[facts["method"]](network, **settings)
+        adapter = METHODS[facts["method"]].of_file(network, settings, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: it does not fit this network: {error}") from error
     try:
@@ -60,6 +62,8 @@ __all__ = [
     "MotionLoRA",
     "OrthogonalLoRA",
     "Repa",
+    "SaRA",
+    "SparseAdamW",
     "alignment_loss",
     "attached",
     "context_loss",

@@ -254,6 +254,13 @@ class Adapter(nn.Module):
             for n in self.trains:
                 self.value(n).copy_(tensors[f"network.{n}"])
 
+    @classmethod
+    def of_file(
+        cls, network: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> Adapter:
+        """Attached as a file's settings say; its values come after."""
+        return cls(network, **settings)
+
     # ---- on and off ----
 
     @property
@@ -307,12 +314,7 @@ class Adapter(nn.Module):
         self._swap()
         place.adapters.append(self)
         place.freeze()
-        for module, seen in self.before():
-            self._handles.append(module.register_forward_pre_hook(seen, with_kwargs=True))
-        for module, hook in self.hooks():
-            self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
-        if self._handles:
-            self._handles.append(self.network.register_forward_hook(self._listen))
+        self._hear()
         self._turns += 1
         return self
 
@@ -338,6 +340,19 @@ class Adapter(nn.Module):
             del self.network.__dict__[_KEY]
         self._turns += 1
         return self.network
+
+    def _hear(self) -> None:
+        """Set the hooks, in the place of those that are set."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            module.register_forward_pre_hook(seen, with_kwargs=True)
+            for module, seen in self.before()
+        ]
+        for module, hook in self.hooks():
+            self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
+        if self._handles:
+            self._handles.append(self.network.register_forward_hook(self._listen))
 
     def _quiet(self, hook: Hook) -> Hook:
         def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
