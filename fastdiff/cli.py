@@ -192,7 +192,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(
         dest="command",
         required=True,
-        metavar="sample|tune|report|train|bench|info",
+        metavar="sample|tune|report|train|finetune|bench|info",
         parser_class=Parser,
     )
 
@@ -206,6 +206,11 @@ def parser() -> Parser:
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
     _drawing(p)
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
+    p.add_argument(
+        "--adapter",
+        action="append",
+        help="a file of fastdiff finetune for the model; may be given several times",
+    )
     p.add_argument(
         "--cache",
         type=_policy,
@@ -251,6 +256,10 @@ def parser() -> Parser:
     )
     p.add_argument("--resume", help="a checkpoint to go on from: its path or name")
     p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
+
+    from fastdiff import cli_finetune
+
+    cli_finetune.add(commands)
 
     commands.add_parser(
         "bench", help="time the ops against torch (--help lists its options)", add_help=False
@@ -348,6 +357,10 @@ def run(argv: Sequence[str]) -> int:
         return info(args)
     if args.command == "train":
         return train(args)
+    if args.command == "finetune":
+        from fastdiff import cli_finetune
+
+        return cli_finetune.main(args)
     if args.command in ("tune", "report"):
         return _with_plots(args)
     from fastdiff import cli_sample

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdiff
-from fastdiff import data, models
+from fastdiff import adapters, data, models
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cli import MODELS, UsageError
 from fastdiff.samplers import SAMPLERS
@@ -105,6 +105,13 @@ class Job:
         self.name, self.args = name, args
         self.model: Any
         self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
+        self.listening: list[str] = []  # adapters that cannot be merged
+        for path in args.adapter or []:
+            adapter = adapters.load(self.model, path)
+            try:
+                adapter.merge()
+            except ValueError:
+                self.listening.append(path)
         size = args.size or card.get("image_size", SIZE)
         scenes = getattr(self.model, "box_size", 0) > 0
         if args.layout and not scenes:
@@ -161,6 +168,8 @@ def compare(job: Job, report: dict[str, Any], fast: Tensor) -> None:
     """Time the same weights in plain torch: eager, and compiled where asked for."""
     args = job.args
     plain = models.plain(job.model)
+    for path in job.listening:  # the others are in the weights, which both have
+        adapters.load(plain, path)
     arms: dict[str, Arm] = {"fastdiff": Arm(job.model, nullcontext, args.cache)}
     if args.cache is not None:
         arms["without cache"] = Arm(job.model, nullcontext)
@@ -238,6 +247,7 @@ def sample_one(job: Job, out: Path) -> dict[str, Any]:
         "finite": bool(torch.isfinite(x).all()),
         "seconds": seconds,
         "out": str(out),
+        "adapters": args.adapter or [],
         "cache": cached,
         "rows": rows_of(ran),
     }
@@ -297,6 +307,8 @@ def main(args: argparse.Namespace) -> int:
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out is {str(args.out)!r}, need a name that ends in .png")
     names = args.model or list(MODELS)
+    if args.adapter and len(names) > 1:
+        raise UsageError(f"--adapter is given for {len(names)} models, need one --model")
     outs = [args.out]
     if len(names) > 1:
         outs = [args.out.with_stem(f"{args.out.stem}-{Path(name).stem}") for name in names]

@@ -51,6 +51,67 @@ def digits(seed: int = 0) -> Digits:
     return Digits(x[kept], y[kept], x[held], y[held])
 
 
+TARGETS = {
+    "digits": SOURCE,
+    "rotated": f"{SOURCE}; turned by a quarter, counter-clockwise",
+    "inverted": f"{SOURCE}; dark on bright",
+    "sklearn": (
+        "1,797 handwritten digits of 8 x 8 pixels (Alpaydin & Kaynak; UCI, CC BY 4.0) as packaged "
+        "by scikit-learn, enlarged to 24 x 24; 150 per class for training, the rest held out"
+    ),
+}
+
+
+def target(name: str) -> Digits:
+    """Digits to fine-tune on: a name of :data:`TARGETS`.
+
+    Raises:
+        ValueError: there is no such set.
+        ImportError: the package that it comes with is missing.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"target: name is {name!r}, need one of {', '.join(TARGETS)}")
+    if name == "sklearn":
+        return _sklearn()
+    every = digits()
+    if name == "digits":
+        return every
+    return every._replace(x=change(name, every.x), held_x=change(name, every.held_x))
+
+
+def change(name: str, x: Tensor) -> Tensor:
+    """What the set ``name`` does to digits ``[B, 1, H, W]`` of the first one."""
+    if name == "rotated":
+        return x.rot90(1, (2, 3)).contiguous()
+    return -x if name == "inverted" else x
+
+
+def change_back(name: str, x: Tensor) -> Tensor:
+    """What :func:`change` did, taken back."""
+    return x.rot90(-1, (2, 3)).contiguous() if name == "rotated" else change(name, x)
+
+
+@lru_cache(maxsize=1)
+def _sklearn() -> Digits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("data.target needs scikit-learn: pip install scikit-learn") from error
+    import numpy as np
+
+    found = load_digits()
+    y = torch.from_numpy(found.target).long()
+    x = torch.from_numpy(found.images).float()[:, None] / 8 - 1
+    edge = (SIZE - BOX) // 2
+    x = F.interpolate(x, size=(BOX, BOX), mode="bicubic", align_corners=False).clamp(-1, 1)
+    x = F.pad(x, (edge,) * 4, value=-1.0)
+    generator = np.random.default_rng(0)
+    order = [generator.permutation(np.flatnonzero(found.target == c)) for c in range(CLASSES)]
+    kept = torch.from_numpy(np.concatenate([o[:150] for o in order]))
+    held = torch.from_numpy(np.concatenate([o[150:] for o in order]))
+    return Digits(x[kept], y[kept], x[held], y[held])
+
+
 def augment(x: Tensor, *, angle: float = 0.15, zoom: float = 0.1, shift: float = 0.1) -> Tensor:
     """Turn, scale and move each image up to ``angle`` radians, ``zoom``, ``shift`` half widths."""
     b = x.shape[0]

@@ -106,21 +106,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def score(samples: Tensor, classes: Tensor, classifier: Classifier | None = None) -> dict[str, Any]:
+def score(
+    samples: Tensor,
+    classes: Tensor,
+    classifier: Classifier | None = None,
+    digits: data.Digits | None = None,
+) -> dict[str, Any]:
     """Read samples of digits.
 
     Args:
         samples: ``[N, 1, 32, 32]`` in -1..1.
         classes: ``[N]`` int64, the digit each was asked for.
         classifier: None loads the shipped one.
+        digits: what to compare with; None: those that the checkpoints are trained on.
 
     Returns:
-        agreement (share read as asked), agreement per class, the Frechet distance to the 500
-        held-out digits, and beside it that of as many real training digits to the held-out ones
+        agreement (share read as asked), agreement per class, the Frechet distance to the held-out
+        digits, and beside it that of as many real training digits to the held-out ones
         and of two halves of the held-out ones.
     """
     classifier = classifier or load_classifier()
-    digits = data.digits()
+    digits = digits or data.digits()
     read = classifier(samples).argmax(1) == classes
     held = classifier.features(digits.held_x)
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
@@ -263,8 +269,10 @@ def evaluate(
     clip: float | None = None,
     seed: int = 0,
     batch: int = 100,
+    target: str = "digits",
 ) -> dict[str, Any]:
-    """Sample ``per_class`` digits of each class and :func:`score` them; settings, time beside."""
+    """Sample ``per_class`` digits of each class and :func:`score` them; settings, time beside.
+    Samples of a ``target`` that changes the digits are changed back first."""
     classes = torch.arange(data.CLASSES).repeat_interleave(per_class)
     start, parts = time.monotonic(), []
     for i, part in enumerate(classes.split(batch)):
@@ -273,5 +281,7 @@ def evaluate(
         parts.append(sample(model, shape, classes=part, seed=seed + i, **options))
     seconds = time.monotonic() - start
     settings = dict(sampler=sampler, steps=steps, guidance=guidance, clip=clip, seed=seed)
-    result = score(torch.cat(parts).clamp(-1, 1), classes)
+    samples = data.change_back(target, torch.cat(parts).clamp(-1, 1))
+    digits = data.target("sklearn") if target == "sklearn" else data.digits()
+    result = score(samples, classes, digits=digits)
     return {**result, **settings, "seconds": round(seconds, 1)}

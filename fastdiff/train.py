@@ -167,7 +167,15 @@ BATCHES = {
 }
 
 
-def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor, **more: Any) -> Tensor:
+def loss_of(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    alpha_bar: Tensor,
+    *,
+    autocast: bool = True,
+    **more: Any,
+) -> Tensor:
     """Mean squared error of the prediction at random times.
 
     flow: x_t = (1-t) x + t e, target e - x, with t logit-normal for 7 of 10 samples and uniform for
@@ -183,7 +191,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, alpha_bar: Tensor, **more: A
         index = torch.randint(TRAIN_STEPS, (b,))
         a = alpha_bar[index].view(-1, 1, 1, 1)
         x_t, target, t = a.sqrt() * x + (1 - a).sqrt() * noise, noise, index.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(x_t, t, y, **more)
     return F.mse_loss(out.float(), target)
 

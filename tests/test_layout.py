@@ -24,7 +24,9 @@ FLOORS = (
     (
         "accelerate",
         "calibrate",
+        "finetune",
         "cli",
+        "cli_finetune",
         "cli_sample",
         "cli_tune",
         "gpu_cases",
