@@ -51,6 +51,14 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     ),
     "layer_norm_modulate": lambda new: (new(2, 256, 384), new(2, 384), new(2, 384)),
     "linear": lambda new: (new(8, 384), new(1152, 384), new(1152)),
+    "lora_add": lambda new: (
+        new(2, 256, 1152),
+        new(2, 256, 384),
+        new(4, 16, 384),
+        new(4, 1152, 16),
+        new(4, dtype=torch.float32),
+        new(2, dtype=torch.int64),
+    ),
     "moe_combine": lambda new: (
         new(512, 384),
         new(256, 2, dtype=torch.float32),

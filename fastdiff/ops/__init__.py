@@ -13,6 +13,7 @@ from fastdiff.ops.layer_norm_modulate import (
     layer_norm_modulate,
 )
 from fastdiff.ops.linear import linear
+from fastdiff.ops.lora import lora_add, lora_linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
@@ -47,6 +48,8 @@ __all__ = [
     "grouped_weight_grad",
     "linear",
     "load_balance_loss",
+    "lora_add",
+    "lora_linear",
     "moe_combine",
     "moe_route",
     "philox_normal",
