@@ -18,6 +18,7 @@ from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route,
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
+from fastdiff.ops.sparse_adamw import sparse_adamw_
 from fastdiff.ops.sparse_grad import (
     SparseIndex,
     sparse_conv2d_weight_grad,
@@ -59,6 +60,7 @@ __all__ = [
     "scale_shift_backward",
     "scatter_tokens",
     "select_tokens",
+    "sparse_adamw_",
     "sparse_conv2d_weight_grad",
     "sparse_grad_conv2d",
     "sparse_grad_linear",
