@@ -49,6 +49,12 @@ def matrix_flops(case: gpu_cases.Case) -> float:
     if case.op == "grouped_weight_grad":
         (grad, x, _), _ = case.make()
         return 2.0 * grad.numel() * x.shape[1]
+    if case.op == "sparse_weight_grad":  # the dense product's, which its kernels form
+        (grad, x, _), _ = case.make()
+        return 2.0 * grad.numel() * x.shape[1]
+    if case.op == "sparse_conv2d_weight_grad":
+        (grad, _, index), _ = case.make()
+        return 2.0 * grad.numel() * index.sizes[1]
     if case.op != "attention":
         return 0.0
     (q, k, _), _ = case.make()

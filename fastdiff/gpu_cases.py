@@ -163,6 +163,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from _adapters(dtype)
     yield from _small_experts(dtype)
     yield from _experts(dtype)
+    yield from _sparse(dtype)
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:
@@ -294,6 +295,46 @@ def _experts(dtype: torch.dtype) -> Iterator[Case]:
         "grouped_weight_grad",
         "DiT-MoE-B/2 1024 rows, 3072 to 768",
         lambda: _call(t(1024, 768), t(1024, 3072), whole(9)),
+    )
+
+
+def _sparse(dtype: torch.dtype) -> Iterator[Case]:
+    """SaRA: a twentieth of a weight's entries, of its blocks, of a convolution's."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def index(shape: tuple[int, ...], rows: int, entries: int, block: int = 1) -> ops.SparseIndex:
+        crow, col = (torch.empty(n, dtype=torch.int32) for n in (rows + 1, entries))
+        return ops.SparseIndex(crow, col, shape, (block, block))
+
+    yield Case(
+        "sparse_weight_grad",
+        "DiT-XL/2 512 tokens, 5 % of 1152x1152",
+        lambda: _call(t(512, 1152), t(512, 1152), index((1152, 1152), 1152, 66355)),
+    )
+    yield Case(
+        "sparse_weight_grad",
+        "SD 1.5 2048 tokens, 5 % of 640x640 in blocks of 16x16",
+        lambda: _call(t(2048, 640), t(2048, 640), index((640, 640), 40, 80, 16)),
+    )
+    yield Case(
+        "sparse_conv2d_weight_grad",
+        "SD 1.5 2x320x64x64, 5 % of a 3x3 convolution",
+        lambda: _call(
+            t(2, 320, 64, 64), t(2, 320, 64, 64), index((320, 320, 3, 3), 320, 46080), padding=1
+        ),
+    )
+    yield Case(
+        "sparse_conv2d_weight_grad",
+        "SD 1.5 2x640x32x32, 5 % of a 3x3 convolution of stride 2, channels last",
+        lambda: _call(
+            t(2, 640, 16, 16).to(memory_format=torch.channels_last),
+            t(2, 640, 32, 32).to(memory_format=torch.channels_last),
+            index((640, 640, 3, 3), 640, 184320),
+            stride=2,
+            padding=1,
+        ),
     )
 
 

@@ -18,6 +18,13 @@ from fastdiff.ops.fused_step import COLUMNS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 New = Callable[..., Tensor]  # new(*shape, dtype=...), on the device asked for
 
+
+def _index(new: New, *shape: int) -> ops.SparseIndex:
+    """16 entries in each row of a weight."""
+    crow, col = new(shape[0] + 1, dtype=torch.int32), new(16 * shape[0], dtype=torch.int32)
+    return ops.SparseIndex(crow, col, shape)
+
+
 # One typical call of every op: widths of DiT-S/2 and SD's U-Net. test_layout.py: every op has one.
 CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "attention": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(2, 6, 256, 64)),
@@ -76,6 +83,12 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(2, 384),
     ),
     "select_tokens": lambda new: (new(2, 256), 64),
+    "sparse_conv2d_weight_grad": lambda new: (
+        new(2, 64, 14, 14),
+        new(2, 64, 16, 16),
+        _index(new, 64, 64, 3, 3),
+    ),
+    "sparse_weight_grad": lambda new: (new(512, 384), new(512, 384), _index(new, 384, 384)),
     "update_tokens_": lambda new: (
         new(2, 6, 256, 64),
         new(2, 64, dtype=torch.int64),

@@ -16,7 +16,7 @@ from torch import nan, ones
 
 import fastdiff
 from fastdiff import info, ops
-from fastdiff.ops import GroupBias, Noise
+from fastdiff.ops import GroupBias, Noise, SparseIndex
 
 INF = float("inf")
 
@@ -72,6 +72,12 @@ def good(op):
         "select_tokens": dict(
             score=ones(2, 6), count=2, drops=torch.zeros(2, 6, dtype=torch.int32),
             forced=torch.zeros(2, 6, dtype=torch.bool),
+        ),
+        "sparse_conv2d_weight_grad": dict(
+            grad=ones(2, 3, 5, 8), x=q, index=SparseIndex.of_mask(ones(3, 2, 3, 3) > 0), padding=1
+        ),
+        "sparse_weight_grad": dict(
+            grad=ones(5, 4), x=ones(5, 8), index=SparseIndex.of_mask(ones(4, 8) > 0)
         ),
         "update_tokens_": dict(cache=x.clone(), index=index(2, 2), y=ones(2, 2, 8)),
     }[op]  # fmt: skip

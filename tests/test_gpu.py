@@ -35,6 +35,13 @@ def arguments(op, of):
             if op.startswith("grouped_"):  # offsets of groups of 64 rows
                 return 64 * torch.arange(shape[0])
             return torch.arange(torch.Size(shape).numel()).view(shape)
+        if (
+            dtype == torch.int32
+        ):  # a CSR of 16 entries a row: its starts, of which there is one more
+            (n,) = shape
+            return (
+                16 * torch.arange(n) if n % 2 else (24 * torch.arange(16)).repeat(n // 16)
+            ).int()
         if dtype is not None:  # a table of coefficients, which stays float32
             t = torch.rand(shape, dtype=dtype)
             if op == "moe_combine":
@@ -49,7 +56,7 @@ def arguments(op, of):
 
 
 def moved(values, to):
-    return tuple(v.to(to) if isinstance(v, torch.Tensor) else v for v in values)
+    return tuple(v.to(to) if hasattr(v, "to") else v for v in values)
 
 
 def tensors(out):

@@ -104,12 +104,25 @@ def calls(dtype):
             for weight in (w, turned):
                 yield "grouped_linear", (x, weight, routing.offsets), dict(more, activation=act)
         yield "grouped_weight_grad", (r(slots, n), x, routing.offsets), dict(index=index)
+        for block in ((1, 1), (2, 1)):
+            some = ops.SparseIndex.of_blocks(torch.rand(n // block[0], k) < 0.3, block)
+            yield "sparse_weight_grad", (r(t, n), r(t, k), some), {}
+    for b, c, h, w, n, s in ((1, 1, 3, 3, 1, 1), (2, 7, 5, 9, 17, 2), (1, 33, 16, 4, 40, 1)):
+        some = ops.SparseIndex.of_mask(torch.rand(n, c, 3, 3) < 0.1)
+        down, across = (h - 1) // s + 1, (w - 1) // s + 1
+        first = r(b, n, down, across), r(b, c, h, w)
+        last = r(b, down, across, n).movedim(-1, 1), r(b, h, w, c).movedim(-1, 1)
+        for grad, x in (first, last):
+            yield "sparse_conv2d_weight_grad", (grad, x, some), dict(stride=s, padding=1)
 
 def fence(value, at_end):
     if isinstance(value, torch.Tensor):
         return guard(value, at_end)
     if isinstance(value, ops.GroupBias):
         return ops.GroupBias(*(guard(t, at_end) for t in value))
+    if isinstance(value, ops.SparseIndex):
+        crow, col = guard(value.crow, at_end), guard(value.col, at_end)
+        return ops.SparseIndex(crow, col, value.shape, value.block)
     return value
 
 def backward(op, args, extra, at_end):

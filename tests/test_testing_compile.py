@@ -26,7 +26,12 @@ TENSOR = {
     "gfx942": "v_mfma",
 }
 # Their products of float32 are of float32, which NVIDIA's tensor cores do not have.
-GROUPED = {"grouped_linear_kernel", "grouped_weight_grad_kernel"}
+GROUPED = {
+    "grouped_linear_kernel",
+    "grouped_weight_grad_kernel",
+    "sparse_weight_grad_kernel",
+    "sparse_conv2d_weight_grad_kernel",
+}
 
 
 def compiled(*args):

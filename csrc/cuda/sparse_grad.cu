@@ -43,7 +43,7 @@ __device__ bool find(const Args& a, int row, int column, int columns, int block_
     if (o < a.O) {
       const int past = column + kColumns < columns ? column + kColumns : columns;
       int begin = a.crow[o / block_rows], end = a.crow[o / block_rows + 1];
-      begin = begin < 0 ? 0 : begin;
+      begin = begin < 0 ? 0 : begin > nnz ? nnz : begin;
       end = end > nnz ? nnz : end;
       low = first_of(a.col, begin, end, column / block_cols);
       high = first_of(a.col, low, end, (past + block_cols - 1) / block_cols);

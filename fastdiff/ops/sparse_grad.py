@@ -491,7 +491,8 @@ def sparse_grad_tap(
         return y
     static = (index.shape, index.block, index.values_shape, conv)
     x = x if x.dtype == y.dtype else x.to(y.dtype)
-    out: Tensor = _Tap.apply(y, x, values, index.crow, index.col, static, impl)  # type: ignore[no-untyped-call]
+    args = y, x, values, index.crow, index.col, static, impl
+    out: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]
     return out
 
 
