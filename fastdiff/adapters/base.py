@@ -239,6 +239,10 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the method cannot be merged; says why.
         """
+        if any(True for _ in self.hooks()):
+            raise ValueError(
+                f"{self.method}: what it adds is no change of weights, nothing to merge"
+            )
         yield from ()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -491,6 +495,12 @@ def compare(path: str | Path, found: dict[str, Tensor], need: dict[str, Tensor])
             raise ValueError(
                 f"{path}: tensor {n} has shape {list(found[n].shape)}, need {list(need[n].shape)}"
             )
+
+
+@torch.inference_mode(False)
+def kept(t: Tensor) -> Tensor:
+    """A copy to keep and write to later, in inference mode and outside of it."""
+    return t.detach().clone()
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
