@@ -227,16 +227,27 @@ class GatedTokens(Adapter):
                 f"{self.method}: patches has shape {list(patches.shape)}, need [B, P, {self.width}]"
             )
         self._seen += 1
+        self._turns += 1
         asks = patches.requires_grad and torch.is_grad_enabled()
         old = self.patches
         if asks or old is None or old.shape != patches.shape or old.dtype != patches.dtype:
             self.patches, self._known = patches if asks else kept(patches), {}
-            self._turns += 1
         else:
             with torch.no_grad():
                 old.copy_(patches)
-            for name in list(self._known):  # now: a captured program calls nothing of ours
-                self._keys_values(name)
+        if not torch.is_grad_enabled() or self._known:
+            self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Keys and values of all blocks, now: a captured program calls nothing of ours."""
+        for name in self.blocks:
+            self._keys_values(name)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        where = ((k.data_ptr(), v.data_ptr()) for _, k, v in self._known.values())
+        return *super().layout, self.patches is None, self.merges, *where
 
     def _keys_values(self, name: str) -> tuple[Tensor, Tensor]:
         """Of one block; from before where nothing has changed since."""
@@ -262,9 +273,8 @@ class GatedTokens(Adapter):
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
         super().fill(tensors)
-        for name in list(self._known):
-            with torch.no_grad():
-                self._keys_values(name)
+        if self._known:
+            self._refresh()
 
     def before(self) -> Iterator[tuple[nn.Module, Before]]:
         for name, block in self.blocks.items():
@@ -415,6 +425,7 @@ class Residuals(Adapter):
                 f"{self.method}: residuals has {len(residuals)} entries, need {len(self.blocks)}, "
                 "one of each block"
             )
+        self._turns += 1
         old, new = self.residuals, list(residuals)
         asks = torch.is_grad_enabled() and any(r.requires_grad for r in new)
         alike = old is not None and all(
@@ -423,12 +434,16 @@ class Residuals(Adapter):
         )
         if asks or not alike:
             self.residuals = [r if asks else kept(r) for r in new]
-            self._turns += 1
         else:
             assert old is not None
             with torch.no_grad():
                 for a, b in zip(old, new, strict=True):
                     a.copy_(b)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        where = (r.data_ptr() for r in self.residuals or ())
+        return *super().layout, self.residuals is None, *where
 
     def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
         for i, block in enumerate(self.blocks.values()):

@@ -7,7 +7,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from fastdiff import adapters
-from fastdiff.adapters import GatedTokens, LoRA, Residuals, TrainAttention
+from fastdiff.adapters import GatedTokens, Residuals, TrainAttention
 from fastdiff.adapters.attention_tuning import merge_attention
 from fastdiff.models import DiT, UNet
 from fastdiff.models.baseline import PlainDiT, PlainUNet
@@ -375,19 +375,34 @@ def test_gated_errors():
 
 
 def test_a_network_that_calls_none_of_the_layers_says_so():
-    """The plain U-Net runs its blocks itself; the fused DiT reads its weights."""
-    for (model, call, x), make in (
-        (unet(PlainUNet), lambda m: GatedTokens(m, WIDTH, heads=2)),
-        (dit(DiT), lambda m: LoRA(m, 2)),
+    """The plain U-Net runs its blocks itself."""
+    model, call, x = unet(PlainUNet)
+    with torch.no_grad():
+        want = call(x)
+    gated = GatedTokens(model, WIDTH, heads=2)
+    with pytest.raises(ValueError, match="has called none of the layers"):
+        call(x)
+    gated.detach()
+    with torch.no_grad():
+        assert torch.equal(call(x), want)
+
+
+@torch.no_grad()
+def test_programs_know_where_values_lie():
+    """Values change in place; a new shape, or none, is another layout."""
+    model, _, _ = sd15()
+    gated, residuals = GatedTokens(model, WIDTH, heads=2), Residuals(model, PLACES)
+    for adapter, values in (
+        (gated, [draw(2, 5, WIDTH), draw(2, 5, WIDTH, seed=2), draw(2, 6, WIDTH), None]),
+        (residuals, [maps(), maps(seed=3), maps(1), None]),
     ):
-        with torch.no_grad():
-            want = call(x)
-        adapter = make(model)
-        with pytest.raises(ValueError, match="has called none of the layers"):
-            call(x)
-        adapter.detach()
-        with torch.no_grad():
-            assert torch.equal(call(x), want)
+        found = [(adapters.layout(model), adapters.version(model))]
+        for value in values:
+            adapter.see(value)
+            found.append((adapters.layout(model), adapters.version(model)))
+        places = [layout for layout, _ in found]
+        assert places[1] == places[2] and len(set(places)) >= 3 and places[2] != places[3]
+        assert len({version for _, version in found}) == 5
 
 
 # ---- residuals ----
