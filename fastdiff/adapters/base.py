@@ -219,7 +219,7 @@ class Adapter(nn.Module):
         ] = {}  # of `trains`: the trained while off, the base while on
         self._turns = 0
         self._number = next(_numbers)
-        self._layers = 0  # with hooks
+        self._listening = 0  # with hooks
         self._heard = False  # one of them has been called
 
     # ---- what a method says ----
@@ -292,7 +292,7 @@ class Adapter(nn.Module):
 
     def state(self) -> str:
         """One line for a summary."""
-        where = "merged into the weights" if self.merged else f"listens to {self._layers} layers"
+        where = "merged into the weights" if self.merged else f"listens to {self._listening} layers"
         return f"adapter {self.method}: {where if self.on else 'not attached'}"
 
     def trainable(self) -> list[nn.Parameter]:
@@ -334,7 +334,7 @@ class Adapter(nn.Module):
         place = site(self.network)
         for handle in self._handles:
             handle.remove()
-        self._handles, self._layers = [], 0
+        self._handles, self._listening = [], 0
         self._swap()
         place.adapters.remove(self)
         place.leave(self)
@@ -352,11 +352,11 @@ class Adapter(nn.Module):
             module.register_forward_pre_hook(seen, with_kwargs=True)
             for module, seen in self.before()
         ]
-        self._layers = 0
+        self._listening = 0
         for module, hook in self.hooks():
             self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
-            self._layers += 1
-        if self._layers:
+            self._listening += 1
+        if self._listening:
             self._handles.append(self.network.register_forward_hook(self._listen))
 
     def _quiet(self, hook: Hook) -> Hook:
