@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fastdiff.adapters.attention_tuning import GatedTokens, Residuals, TrainAttention
 from fastdiff.adapters.base import Adapter, attached, compare, layout, read, select, version
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
 from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
@@ -20,10 +21,20 @@ from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, me
 from fastdiff.adapters.repa import Repa, alignment_loss
 from fastdiff.adapters.sara import SaRA, SparseAdamW
 
-METHODS: dict[str, type[Adapter]] = {
-    cls.method: cls
-    for cls in (LoRA, OrthogonalLoRA, Concepts, HiPA, MotionLoRA, Repa, ConPreDiff, SaRA)
-}
+_CLASSES: tuple[type[Adapter], ...] = (
+    LoRA,
+    OrthogonalLoRA,
+    Concepts,
+    HiPA,
+    MotionLoRA,
+    TrainAttention,
+    GatedTokens,
+    Residuals,
+    Repa,
+    ConPreDiff,
+    SaRA,
+)
+METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in _CLASSES}
 
 
 def load(network: nn.Module, path: str | Path) -> Adapter:
@@ -57,13 +68,16 @@ __all__ = [
     "Adapter",
     "ConPreDiff",
     "Concepts",
+    "GatedTokens",
     "HiPA",
     "LoRA",
     "MotionLoRA",
     "OrthogonalLoRA",
     "Repa",
+    "Residuals",
     "SaRA",
     "SparseAdamW",
+    "TrainAttention",
     "alignment_loss",
     "attached",
     "context_loss",

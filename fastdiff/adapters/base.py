@@ -187,10 +187,9 @@ class Adapter(nn.Module):
     """Something small that is trained in the place of a network; attached once it is made.
 
     Args:
-        network: any module whose layers are called (those that read their weights alone, such as
-            the fused ones of ``fastdiff.models``, can be merged into and hear nothing else: their
-            first call says so). Its parameters stop asking for gradients while an adapter is
-            attached, but for those that the adapter trains itself.
+        network: any module; where its first call reaches none of the layers that the adapter
+            listens to, that is an error. Its parameters stop asking for gradients while an adapter
+            is attached, but for those that the adapter trains itself.
         settings: what, beside the network and the trained values, makes it again; JSON.
 
     Attributes:
@@ -220,7 +219,8 @@ class Adapter(nn.Module):
         ] = {}  # of `trains`: the trained while off, the base while on
         self._turns = 0
         self._number = next(_numbers)
-        self._heard = False  # a hook has been called
+        self._listening = 0  # with hooks
+        self._heard = False  # one of them has been called
 
     # ---- what a method says ----
 
@@ -239,6 +239,10 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the method cannot be merged; says why.
         """
+        if any(True for _ in self.hooks()):
+            raise ValueError(
+                f"{self.method}: what it adds is no change of weights, nothing to merge"
+            )
         yield from ()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -273,11 +277,12 @@ class Adapter(nn.Module):
         return self in attached(self.network)
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, int, int]:
         """Changes whenever a value in it, or what it is attached to, does. (Tensors made in
         inference mode keep no count of writes: those through our own methods are seen.)"""
         values = (*self.parameters(), *self.buffers())
-        return self._number, self._turns + sum(t._version for t in values if not t.is_inference())
+        # Apart: a value that another one has taken the place of counts from 0 again.
+        return self._number, self._turns, sum(t._version for t in values if not t.is_inference())
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -287,9 +292,7 @@ class Adapter(nn.Module):
 
     def state(self) -> str:
         """One line for a summary."""
-        where = (
-            "merged into the weights" if self.merged else f"listens to {len(self._handles)} layers"
-        )
+        where = "merged into the weights" if self.merged else f"listens to {self._listening} layers"
         return f"adapter {self.method}: {where if self.on else 'not attached'}"
 
     def trainable(self) -> list[nn.Parameter]:
@@ -331,7 +334,7 @@ class Adapter(nn.Module):
         place = site(self.network)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._listening = [], 0
         self._swap()
         place.adapters.remove(self)
         place.leave(self)
@@ -349,9 +352,11 @@ class Adapter(nn.Module):
             module.register_forward_pre_hook(seen, with_kwargs=True)
             for module, seen in self.before()
         ]
+        self._listening = 0
         for module, hook in self.hooks():
             self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
-        if self._handles:
+            self._listening += 1
+        if self._listening:
             self._handles.append(self.network.register_forward_hook(self._listen))
 
     def _quiet(self, hook: Hook) -> Hook:
@@ -368,8 +373,7 @@ class Adapter(nn.Module):
         if not self._heard and not self.merged:
             raise ValueError(
                 f"{self.method}: a call of {type(network).__name__} has called none of the layers "
-                "it listens to, need a network that calls them (fastdiff.models.baseline.plain "
-                "gives one of a fused one) or merge()"
+                "it listens to, need one that calls them as modules"
             )
 
     @torch.no_grad()
@@ -491,6 +495,12 @@ def compare(path: str | Path, found: dict[str, Tensor], need: dict[str, Tensor])
             raise ValueError(
                 f"{path}: tensor {n} has shape {list(found[n].shape)}, need {list(need[n].shape)}"
             )
+
+
+@torch.inference_mode(False)
+def kept(t: Tensor) -> Tensor:
+    """A copy to keep and write to later, in inference mode and outside of it."""
+    return t.detach().clone()
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.adapters.base import Adapter, Hook, Targets, first, key_of, name_of, read, select
+from fastdiff.adapters.base import (
+    Adapter,
+    Hook,
+    Targets,
+    first,
+    kept,
+    key_of,
+    name_of,
+    read,
+    select,
+)
 
 # Names of other people's files: what stands before a layer's name, and after it.
 _BEFORE = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|diffusion_model\.)+")
@@ -148,7 +158,7 @@ class LoRA(Adapter):
         if self.ids is not None and self.ids.shape == new.shape:
             self.ids.copy_(new)
         else:
-            self.ids = new.clone()
+            self.ids = kept(new)
         self._turns += 1
 
     def _ids(self, rows: int) -> Tensor | None:

@@ -130,10 +130,16 @@ class MotionLoRA(LoRA):
         if self.merged:
             raise ValueError(f"{self.method}: it is merged, need unmerge() before a role")
         was, self.role = self.role, role
+        self._turns += 1
         try:
             yield
         finally:
             self.role = was
+            self._turns += 1
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        return *super().layout, self.role
 
     def _hook(self, pair: Any) -> Hook:
         train = super()._hook(pair)
