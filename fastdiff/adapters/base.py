@@ -187,10 +187,10 @@ class Adapter(nn.Module):
     """Something small that is trained in the place of a network; attached once it is made.
 
     Args:
-        network: any module whose layers are called (those that read their weights alone, such as
-            the fused ones of ``fastdiff.models``, can be merged into and hear nothing else: their
-            first call says so). Its parameters stop asking for gradients while an adapter is
-            attached, but for those that the adapter trains itself.
+        network: any module that calls its layers, or as ``fastdiff.nn.layers`` does those that are
+            listened to. (One that only reads their weights can be merged into; its first call
+            says so.) Its parameters stop asking for gradients while an adapter is attached, but
+            for those that the adapter trains itself.
         settings: what, beside the network and the trained values, makes it again; JSON.
 
     Attributes:
@@ -280,10 +280,11 @@ class Adapter(nn.Module):
 
     def state(self) -> str:
         """One line for a summary."""
-        where = (
-            "merged into the weights" if self.merged else f"listens to {len(self._handles)} layers"
-        )
-        return f"adapter {self.method}: {where if self.on else 'not attached'}"
+        if not self.on:
+            return f"adapter {self.method}: not attached"
+        layers = len({module for module, _ in self.hooks()})
+        where = "merged into the weights" if self.merged else f"at run time on {layers} layers"
+        return f"adapter {self.method}: {where}"
 
     def trainable(self) -> list[nn.Parameter]:
         """What an optimiser takes: its own parameters and those of the network that it trains."""
@@ -353,8 +354,7 @@ class Adapter(nn.Module):
         if not self._heard and not self.merged:
             raise ValueError(
                 f"{self.method}: a call of {type(network).__name__} has called none of the layers "
-                "it listens to, need a network that calls them (fastdiff.models.baseline.plain "
-                "gives one of a fused one) or merge()"
+                "it listens to, need a network that calls them or merge()"
             )
 
     @torch.no_grad()
