@@ -292,8 +292,11 @@ class Adapter(nn.Module):
 
     def state(self) -> str:
         """One line for a summary."""
-        where = "merged into the weights" if self.merged else f"listens to {self._listening} layers"
-        return f"adapter {self.method}: {where if self.on else 'not attached'}"
+        if not self.on:
+            return f"adapter {self.method}: not attached"
+        layers = len({module for module, _ in self.hooks()})
+        where = "merged into the weights" if self.merged else f"at run time on {layers} layers"
+        return f"adapter {self.method}: {where}"
 
     def trainable(self) -> list[nn.Parameter]:
         """What an optimiser takes: its own parameters and those of the network that it trains."""
@@ -373,7 +376,7 @@ class Adapter(nn.Module):
         if not self._heard and not self.merged:
             raise ValueError(
                 f"{self.method}: a call of {type(network).__name__} has called none of the layers "
-                "it listens to, need one that calls them as modules"
+                "it listens to, need a network that calls them or merge()"
             )
 
     @torch.no_grad()

@@ -8,12 +8,14 @@ kernel and stride onto ``rank`` channels, its up a 1 x 1.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,7 +117,7 @@ class LoRA(Adapter):
         self.pairs = nn.ModuleDict(
             {key_of(name): Pair(m, slots, rank) for name, m in self.places.items()}
         )
-        device = next(iter(self.places.values())).weight.device
+        device: torch.device = next(iter(self.places.values())).weight.device
         start = 1.0 if alpha is None else alpha / max(rank, 1)
         self.register_buffer("scale", torch.full((slots,), start, device=device))
         self.register_buffer("ids", None, persistent=False)
@@ -150,11 +152,16 @@ class LoRA(Adapter):
             self.ids = None
             self._turns += 1
             return
-        new = torch.as_tensor(ids, dtype=torch.int64, device=self.scale.device)
-        on_host = not isinstance(ids, Tensor) or ids.device.type == "cpu"
-        bad = [i for i in torch.as_tensor(ids).tolist() if not 0 <= i <= self.slots] * on_host
-        if new.dim() != 1 or not len(new) or bad:
-            raise ValueError(f"{self.method}: ids is {ids!r}, need [B] of 0 to {self.slots}")
+        given = torch.as_tensor(ids)
+        whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        fits = whole and given.dim() == 1 and len(given) > 0
+        if fits and given.device.type == "cpu":  # elsewhere looking at them would wait
+            fits = bool(((given >= 0) & (given <= self.slots)).all())
+        if not fits:
+            raise ValueError(
+                f"{self.method}: ids is {ids!r}, need whole numbers [B] of 0 to {self.slots}"
+            )
+        new = given.to(self.scale.device, torch.int64)
         if self.ids is not None and self.ids.shape == new.shape:
             self.ids.copy_(new)
         else:
@@ -248,7 +255,8 @@ class LoRA(Adapter):
             slot: 0 to ``slots - 1``.
             source: a file of ours with one slot, or of PEFT or diffusers (or its tensors), whose
                 rank is at most ours; layers that it has not get 0.
-            alpha: of the latter: its scale is ``alpha / rank``; None: 1.
+            alpha: of the latter: its scale is ``alpha / rank``; None: what the file's metadata or
+                an ``adapter_config.json`` beside it say, else a scale of 1.
 
         Raises:
             ValueError: the file is not readable, has layers that this adapter has not, or other
@@ -296,6 +304,12 @@ class LoRA(Adapter):
     ) -> LoRA:
         """The adapter of a file of PEFT or diffusers (``….lora_A.weight``, ``….lora.down.weight``).
 
+        Args:
+            network: any module.
+            source: the file, or its tensors.
+            alpha: as in :meth:`put`.
+            slots: of the adapter that is made; the first gets the file.
+
         Raises:
             ValueError: it is not readable, or a layer is not part of ``network`` or has another
                 shape; the network is as it was then.
@@ -333,6 +347,33 @@ def _of(source: Any) -> str:
     return "source" if isinstance(source, dict) else str(source)
 
 
+def _alpha_of(path: str | Path) -> float | None:
+    """What PEFT (a file of settings beside the weights) or diffusers (metadata) say of a file.
+
+    Raises:
+        ValueError: its settings are not readable, layers differ in them, or it is scaled in
+            another way.
+    """
+    beside = Path(path).with_name("adapter_config.json")
+    with safe_open(str(path), framework="pt") as file:
+        inside = (file.metadata() or {}).get("lora_adapter_metadata")
+    if inside is None and not beside.exists():
+        return None
+    try:
+        text = beside.read_text() if inside is None else inside
+        facts = {k.rpartition(".")[2]: v for k, v in json.loads(text).items()}
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: its settings are not readable: {error}") from error
+    for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
+        if facts.get(name):
+            raise ValueError(
+                f"{path}: its settings have {name} {facts[name]!r}, need one scale alpha / rank of "
+                "all layers"
+            )
+    found = facts.get("lora_alpha")
+    return None if found is None else float(found)
+
+
 def _factors(
     source: str | Path | dict[str, Tensor], alpha: float | None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
@@ -346,6 +387,7 @@ def _factors(
             if "no adapter of fastdiff" not in str(error):
                 raise
             state = load_file(str(source))
+            alpha = _alpha_of(source) if alpha is None else alpha
         else:
             if facts["method"] != LoRA.method:
                 raise ValueError(f"{source}: its method is {facts['method']}, need {LoRA.method}")

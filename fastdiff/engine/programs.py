@@ -358,13 +358,12 @@ class Programs(nn.Module):
             if slot.versions != versions:
                 raise RuntimeError("Programs: a step made memory of its own; need it before")
             slot.become(kept, before, step)
-            layouts = list(
-                dict.fromkeys([*(k[3] for k in slot.programs if k[3] != key[3]), key[3]])
-            )
+            others = dict.fromkeys(k[3] for k in slot.programs if k[3] != key[3])
+            layouts = [*others, key[3]][-_LAYOUTS:]
             slot.programs = {  # without those on memory of before
                 k: p
                 for k, p in [*slot.programs.items(), (key, program)]
-                if k[2] == key[2] and k[3] in layouts[-_LAYOUTS:]
+                if k[2] == key[2] and k[3] in layouts
             }
         return slot.programs[key]
 
