@@ -84,6 +84,10 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "scale_shift_backward(Tensor grad, Tensor x, Tensor scale, Tensor? index, int dim) "
       "-> (Tensor, Tensor, Tensor)");
+  // x [K,B,C,...]; logits [K,B,1|C,...] of x's dtype or float32 -> [B,C,...]
+  m.def("aggregate_features(Tensor x, Tensor logits) -> Tensor");
+  // grad [B,C,...] -> grad_x, grad_logits
+  m.def("aggregate_features_backward(Tensor grad, Tensor x, Tensor logits) -> (Tensor, Tensor)");
   // q, k [B,H,S,D]; cos, sin [P, R/2] with R <= D; position [B|1,S] int64
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? "

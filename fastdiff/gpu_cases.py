@@ -161,6 +161,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         ),
     )
     yield from _adapters(dtype)
+    yield from _aggregations(dtype)
     yield from _small_experts(dtype)
     yield from _experts(dtype)
     yield from _sparse(dtype)
@@ -189,6 +190,39 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
         "scale_shift_backward",
         "SD 1.5 2x320x64x64, 8 tasks",
         lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks),
+    )
+
+
+def _aggregations(dtype: torch.dtype) -> Iterator[Case]:
+    """Of three models: the finest level of Stable Diffusion's U-Net, and DiT-XL/2 at 512 px."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    image, map_, tokens = (2, 320, 64, 64), (3, 2, 1, 64, 64), (2, 1024, 1152)
+
+    def both(name: str, *logits: int) -> Iterator[Case]:
+        what = f"3 of SD 1.5 2x320x64x64, {name}"
+        yield Case("aggregate_features", what, lambda: _call(t(3, *image), t(*logits)))
+        yield Case(
+            "aggregate_features_backward",
+            what,
+            lambda: _call(t(*image), t(3, *image), t(*logits)),
+        )
+
+    yield from both("one map", *map_)
+    yield from both("a map of each channel", 3, *image)
+    yield Case(
+        "aggregate_features",
+        "3 of DiT-XL/2 2x1024x1152, float32 maps",
+        lambda: _call(t(3, *tokens).movedim(-1, 2), torch.empty(3, 2, 1, 1024)),
+    )
+    yield Case(
+        "aggregate_features_backward",
+        "3 of DiT-XL/2 2x1024x1152, float32 maps",
+        lambda: _call(
+            t(*tokens).movedim(-1, 1), t(3, *tokens).movedim(-1, 2), torch.empty(3, 2, 1, 1024)
+        ),
     )
 
 

@@ -27,6 +27,12 @@ def _index(new: New, *shape: int) -> ops.SparseIndex:
 
 # One typical call of every op: widths of DiT-S/2 and SD's U-Net. test_layout.py: every op has one.
 CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
+    "aggregate_features": lambda new: (new(3, 2, 320, 32, 32), new(3, 2, 1, 32, 32)),
+    "aggregate_features_backward": lambda new: (
+        new(2, 320, 32, 32),
+        new(3, 2, 320, 32, 32),
+        new(3, 2, 1, 32, 32),
+    ),
     "attention": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(2, 6, 256, 64)),
     "conv3x3": lambda new: (new(2, 64, 32, 32), new(64, 64, 3, 3), new(64)),
     "fused_step": lambda new: (

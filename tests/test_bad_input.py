@@ -30,6 +30,10 @@ def good(op):
     x, q = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8)
     rows = len(info.COLUMNS)
     return {
+        "aggregate_features": dict(x=ones(3, 2, 4, 5), logits=ones(3, 2, 1, 5)),
+        "aggregate_features_backward": dict(
+            grad=ones(2, 4, 5), x=ones(3, 2, 4, 5), logits=ones(3, 2, 1, 5)
+        ),
         "attention": dict(
             q=q, k=q, v=q, bias=torch.zeros(2, 2, 5, 5), key_lengths=index(2) + 3,
             q_index=index(2, 4),
@@ -201,6 +205,11 @@ CASES = [
     ("scale_shift_backward", dict(grad=X[:1], x=X, scale=ones(8)), r"grad has shape \[1, 3, 8\]"),
     ("scale_shift_backward", dict(grad=X, x=X, scale=ones(2, 8), index=index(2) + 5),
      "index has value 5, need 0 to 1"),
+    ("aggregate_features", dict(x=X[:0], logits=X[:0]), "need at least one model"),
+    ("aggregate_features", dict(x=X, logits=X[:1]), r"logits has shape \[1, 3, 8\], need \[2,"),
+    ("aggregate_features", dict(x=X, logits=X.half()), "logits is torch.float16, need"),
+    ("aggregate_features_backward", dict(grad=X[0, :1], x=X, logits=X),
+     r"grad has shape \[1, 8\], need \[3, 8\]"),
     ("geglu", dict(x=X[..., :7]), r"x has shape \[2, 3, 7\], need an even last dimension"),
     ("geglu", dict(x=X, approximate="erf"), "approximate is 'erf', need 'none' or 'tanh'"),
     ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
@@ -253,6 +262,9 @@ assert fastdiff.cpu_levels()
 torch.manual_seed(0)
 x, q, one, long = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8), torch.ones, torch.int64
 CALLS = dict(
+    aggregate_features=dict(x=one(3, 2, 4, 5), logits=one(3, 2, 1, 5)),
+    aggregate_features_backward=dict(grad=one(2, 4, 5), x=one(3, 2, 4, 5),
+                                     logits=one(3, 2, 1, 5)),
     attention=dict(q=q, k=q, v=q, scale=1.0, bias=torch.zeros(2, 2, 5, 5),
                    key_lengths=torch.full((2,), 3), q_index=torch.zeros(2, 4, dtype=long)),
     layer_norm_modulate=dict(x=x, shift=x[:, 0], scale=x[:, 0], weight=one(8), bias=one(8)),
@@ -330,6 +342,7 @@ for groups in (3, 0, -1, 2**40):
 # Spoilt arguments that make a valid call all the same: another batch or row count that no other
 # argument has, one counter for all samples, any 64-bit word as a counter.
 VALID = {
+    "aggregate_features": {"x": "other_float"},
     "attention": {"q_index": "last_more last_less empty_last"},
     "fused_step": {
         "m": "other_float",

@@ -28,7 +28,8 @@ def guard(t, at_end):
     if t is None or t.numel() == 0:
         return t
     if not t.is_contiguous():  # channels last
-        return guard(t.movedim(1, -1), at_end).movedim(-1, 1)
+        channels = 2 if t.dim() == 5 else 1
+        return guard(t.movedim(channels, -1), at_end).movedim(-1, channels)
     size = t.numel() * t.element_size()
     room = -(-size // PAGE) * PAGE
     memory = mmap.mmap(-1, room + 2 * PAGE)
@@ -66,6 +67,9 @@ def calls(dtype):
         extra = dict(shift=r(b, c), scale=r(b, c))
         yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra
         yield "group_norm_silu", (r(b, h, w, c).movedim(-1, 1), g, r(c), r(c)), extra
+        for x in (r(3, b, c, h, w), r(3, b, h, w, c).movedim(-1, 2)):
+            yield "aggregate_features", (x, torch.randn(3, b, 1, h, w)), {}
+            yield "aggregate_features", (x, torch.randn_like(x)), {}
         for x in (r(b, c, h, w), r(b, h, w, c).movedim(-1, 1)):
             yield "scale_shift", (x, torch.randn(c), torch.randn(c)), dict(dim=1)
             yield "scale_shift", (x, r(2, c), r(2, c)), dict(dim=1, index=i(2, b))

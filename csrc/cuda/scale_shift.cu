@@ -28,12 +28,12 @@ __device__ __forceinline__ void store(const float (&v)[width], T* p) {
   }
 }
 
-// The row of sample b, or -1 where its index names none.
+// The row of sample b, or one below 0 where its index names none.
 template <class Args>
 __device__ __forceinline__ int64_t row_of(const Args& a, int64_t b) {
   if (!a.index) return 0;
   const int64_t row = a.index[b * a.index_stride];
-  return row >= 0 && row < a.A ? row : -1;
+  return row < a.A ? row : -1;
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 """The ops: a file each, with the maths, the reference, the rows and the public function."""
 
+from fastdiff.ops.aggregate_features import aggregate_features, aggregate_features_backward
 from fastdiff.ops.attention import GroupBias, attention
 from fastdiff.ops.conv3x3 import conv3x3
 from fastdiff.ops.fused_step import Noise, fused_step, philox_normal
@@ -34,6 +35,8 @@ __all__ = [
     "Noise",
     "Routing",
     "SparseIndex",
+    "aggregate_features",
+    "aggregate_features_backward",
     "attention",
     "axial_rope",
     "conv3x3",

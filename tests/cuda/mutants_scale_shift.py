@@ -4,8 +4,8 @@ A fault is (name, text that occurs once in the file, text in its place).
 """
 
 MUTANTS = [
-    ("the row in front of scale counts", "return row >= 0 && row < a.A ?", "return row < a.A ?"),
-    ("the row past scale counts", "row >= 0 && row < a.A ?", "row >= 0 && row <= a.A ?"),
+    ("the row in front of scale counts", "if (rows.data && row >= 0) {", "if (rows.data) {"),
+    ("the row past scale counts", "return row < a.A ?", "return row <= a.A ?"),
     ("no row is a scale of 0", "__int_as_float(0x7fc00000) : 0.0f", "0.0f : 0.0f"),
     (
         "samples share a row",
