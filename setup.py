@@ -171,7 +171,7 @@ def extension():
 
             def one(source):
                 obj = out / (source.stem + ".o")
-                if not self.force and obj.exists() and obj.stat().st_mtime > newest(source):
+                if obj.exists() and obj.stat().st_mtime > newest(source):
                     return str(obj)
                 command = [cxx, *flags, *isa, "-fPIC", "-fvisibility=hidden"]
                 command += [f"-DFASTDIFF_LEVEL={level}", f"-I{HERE / 'csrc'}"]

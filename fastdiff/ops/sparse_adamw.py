@@ -1,5 +1,5 @@
-r"""AdamW on the trained entries of a weight (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2),
-kept apart from it as packed float32 vectors (SaRA: Hu et al. 2024, arXiv:2409.06633).
+r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) on the trained entries of a
+weight, kept apart from it as packed float32 vectors (SaRA: Hu et al. 2024, arXiv:2409.06633).
 
 With theta the values, g their gradient, t the step from 1, eta the learning rate, lambda the decay:
 
