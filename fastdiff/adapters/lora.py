@@ -117,7 +117,7 @@ class LoRA(Adapter):
         self.pairs = nn.ModuleDict(
             {key_of(name): Pair(m, slots, rank) for name, m in self.places.items()}
         )
-        weight: Tensor = next(iter(self.places.values())).weight
+        weight: Any = next(iter(self.places.values())).weight
         start = 1.0 if alpha is None else alpha / max(rank, 1)
         self.register_buffer("scale", torch.full((slots,), start, device=weight.device))
         self.register_buffer("ids", None, persistent=False)
