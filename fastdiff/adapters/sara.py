@@ -95,15 +95,19 @@ class Entries(nn.Module):
         self.values = nn.Parameter(index.take(weight.detach()).to(dtype))
         self.kept: Tensor | None = None  # values at `whole`, once some have left
         self.base = index.take(weight.detach())  # and what was there before, in the weight's dtype
-        self._linear: Tensor | None = None
+        self._found: tuple[Tensor, Tensor | None] | None = None
 
     @property
-    def linear(self) -> Tensor:
-        """int32 (int64 in a weight of 2^31 entries) ``[nnz]``: positions in the flat weight."""
-        if self._linear is None:
+    def positions(self) -> tuple[Tensor, Tensor | None]:
+        """int32 (int64 in a weight of 2^31 entries) ``[nnz]``: where the values are in the flat
+        weight, ascending; and which value each is, None where they are in that order (blocks are
+        not)."""
+        if self._found is None:
             small = math.prod(self.index.shape) < 2**31
-            self._linear = self.index.linear.flatten().to(torch.int32 if small else torch.int64)
-        return self._linear
+            at, order = self.index.linear.flatten().sort()
+            single = self.index.block[0] == 1
+            self._found = at.to(torch.int32 if small else torch.int64), None if single else order
+        return self._found
 
     def now(self) -> Tensor:
         """The values at ``whole``."""
@@ -126,7 +130,7 @@ class Entries(nn.Module):
         self.kept = self.now().clone()
         self.index = SparseIndex.of_positions(self.index.linear[mask], self.index.shape)
         self.values = nn.Parameter(self.values.detach()[mask].clone())
-        self._linear = None
+        self._found = None
 
 
 class SaRA(Adapter):
@@ -310,22 +314,33 @@ class SaRA(Adapter):
     # ---- files: values alone, as the base network tells where they are ----
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"values.{n}": self.of(n).now() for n in self.places if self.of(n).whole.count}
-        if self.threshold is None:
-            found |= {f"position.{n}": self.of(n).linear for n in self.places}
+        found = {}
+        for n in self.places:
+            entries = self.of(n)
+            if self.threshold is None:
+                at, order = entries.positions
+                values = entries.now().flatten()
+                found[f"position.{n}"] = at
+                found[f"values.{n}"] = values if order is None else values[order]
+            elif entries.whole.count:
+                found[f"values.{n}"] = entries.now()
         return found
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
         if self.threshold is None:
             for n in self.places:
-                if not torch.equal(tensors[f"position.{n}"].cpu(), self.of(n).linear.cpu()):
+                if not torch.equal(tensors[f"position.{n}"].cpu(), self.of(n).positions[0].cpu()):
                     raise ValueError(f"sara: positions of {n} are others than the file's")
         with torch.no_grad():
             for n, layer in self.places.items():
                 entries = self.of(n)
                 if not entries.whole.count:
                     continue
-                entries.become(tensors[f"values.{n}"].to(entries.values))
+                values = tensors[f"values.{n}"].to(entries.values)
+                order = entries.positions[1] if self.threshold is None else None
+                if order is not None:
+                    values = torch.empty_like(values).index_copy_(0, order, values)
+                entries.become(values.view(entries.whole.values_shape))
                 if self.on:
                     entries.whole.put_(layer.weight, entries.now())
 
@@ -438,13 +453,16 @@ class SparseAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(values)
             state["step"] += 1
             beta1, beta2 = group["betas"]
+            at, order = entries.positions
+            flat, grad = values.detach().view(-1), values.grad.reshape(-1)
+            packed = flat if order is None else flat[order]
             ops.sparse_adamw_(
-                values.detach().flatten(),
-                values.grad.flatten(),
-                state["exp_avg"].flatten(),
-                state["exp_avg_sq"].flatten(),
+                packed,
+                grad if order is None else grad[order],
+                state["exp_avg"].view(-1),  # in the order of positions
+                state["exp_avg_sq"].view(-1),
                 layer.weight,
-                entries.linear,
+                at,
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
@@ -452,4 +470,6 @@ class SparseAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 step=state["step"],
             )
+            if order is not None:
+                flat.index_copy_(0, order, packed)
         return loss
