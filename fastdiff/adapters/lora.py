@@ -36,6 +36,7 @@ from fastdiff.adapters.base import (
 # Names of other people's files: what stands before a layer's name, and after it.
 _BEFORE = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|diffusion_model\.)+")
 _AFTER = re.compile(r"\.(?:lora_A|lora\.down|lora_down)(?:\.default)?\.weight$")
+_PEFT = "adapter_model.safetensors"
 _UPS = {"lora_A": "lora_B", "lora.down": "lora.up", "lora_down": "lora_up"}
 
 
@@ -255,8 +256,9 @@ class LoRA(Adapter):
             slot: 0 to ``slots - 1``.
             source: a file of ours with one slot, or of PEFT or diffusers (or its tensors), whose
                 rank is at most ours; layers that it has not get 0.
-            alpha: of the latter: its scale is ``alpha / rank``; None: what the file's metadata or
-                an ``adapter_config.json`` beside it say, else a scale of 1.
+            alpha: of the latter: its scale is ``alpha / rank``; None: what the file's metadata say,
+                or the ``adapter_config.json`` beside PEFT's ``adapter_model.safetensors``; else
+                the scale is 1.
 
         Raises:
             ValueError: the file is not readable, has layers that this adapter has not, or other
@@ -336,10 +338,12 @@ class LoRA(Adapter):
         if not 0 <= slot < self.slots:
             raise ValueError(f"{self.method}: slot is {slot!r}, need 0 to {self.slots - 1}")
         state = {}
-        for name in self.places:
+        for name, layer in self.places.items():
             pair: Any = self.pairs[key_of(name)]
-            state[f"{name}.lora_A.weight"] = pair.down[slot].detach().contiguous()
-            state[f"{name}.lora_B.weight"] = (self.scale[slot] * pair.up[slot]).detach()
+            down, up = pair.down[slot].detach(), (self.scale[slot] * pair.up[slot]).detach()
+            if isinstance(layer, nn.Conv2d):
+                down, up = down.unflatten(1, layer.weight.shape[1:]), up[..., None, None]
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down, up
         save_file({n: t.cpu().contiguous() for n, t in state.items()}, str(path))
 
 
@@ -348,7 +352,7 @@ def _of(source: Any) -> str:
 
 
 def _alpha_of(path: str | Path) -> float | None:
-    """What PEFT (a file of settings beside the weights) or diffusers (metadata) say of a file.
+    """What PEFT (settings beside weights of its name) or diffusers (metadata) say of a file.
 
     Raises:
         ValueError: its settings are not readable, layers differ in them, or it is scaled in
@@ -357,7 +361,7 @@ def _alpha_of(path: str | Path) -> float | None:
     beside = Path(path).with_name("adapter_config.json")
     with safe_open(str(path), framework="pt") as file:
         inside = (file.metadata() or {}).get("lora_adapter_metadata")
-    if inside is None and not beside.exists():
+    if inside is None and (Path(path).name != _PEFT or not beside.exists()):
         return None
     try:
         text = beside.read_text() if inside is None else inside
