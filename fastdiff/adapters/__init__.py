@@ -12,7 +12,16 @@ from pathlib import Path
 from torch import nn
 
 from fastdiff.adapters.attention_tuning import GatedTokens, Residuals, TrainAttention
-from fastdiff.adapters.base import Adapter, attached, compare, layout, read, select, version
+from fastdiff.adapters.base import (
+    Adapter,
+    attached,
+    compare,
+    layout,
+    read,
+    samples,
+    select,
+    version,
+)
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
 from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
 from fastdiff.adapters.lora import LoRA
@@ -88,6 +97,7 @@ __all__ = [
     "merge_concepts",
     "motion_director",
     "one_step",
+    "samples",
     "select",
     "version",
 ]

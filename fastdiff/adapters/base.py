@@ -13,6 +13,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,6 +92,25 @@ class Site:
             if adapter in parts:
                 value = parts[adapter](value)
         p.copy_(value)
+
+
+Rows = tuple[tuple[Tensor | slice, int], ...]
+_rows: ContextVar[Rows] = ContextVar("fastdiff_adapter_rows", default=())
+
+
+@contextmanager
+def samples(rows: Tensor | slice, batch: int) -> Iterator[None]:
+    """In the block, layers are called with some samples of a batch of ``batch`` alone."""
+    token = _rows.set((*_rows.get(), (rows, batch)))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def rows_in_work() -> Rows:
+    """The blocks of :func:`samples` that this call is in, the outermost first."""
+    return _rows.get()
 
 
 def site(network: nn.Module) -> Site:
@@ -277,7 +298,7 @@ class Adapter(nn.Module):
         return self in attached(self.network)
 
     @property
-    def version(self) -> tuple[int, int, int]:
+    def version(self) -> tuple[Any, ...]:
         """Changes whenever a value in it, or what it is attached to, does. (Tensors made in
         inference mode keep no count of writes: those through our own methods are seen.)"""
         values = (*self.parameters(), *self.buffers())

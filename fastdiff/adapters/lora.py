@@ -30,6 +30,7 @@ from fastdiff.adapters.base import (
     key_of,
     name_of,
     read,
+    rows_in_work,
     select,
 )
 
@@ -122,6 +123,8 @@ class LoRA(Adapter):
         start = 1.0 if alpha is None else alpha / max(rank, 1)
         self.register_buffer("scale", torch.full((slots,), start, device=weight.device))
         self.register_buffer("ids", None, persistent=False)
+        self._chosen: tuple[int, ...] | None = None
+        self._written = 0  # version of ids as choose() left them
         self.slot = 0
         self.prepare()
         self.attach()
@@ -150,13 +153,13 @@ class LoRA(Adapter):
             ValueError: an id is outside of 0 to ``slots``.
         """
         if ids is None:
-            self.ids = None
-            self._turns += 1
+            self.ids = self._chosen = None
             return
         given = torch.as_tensor(ids)
         whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
         fits = whole and given.dim() == 1 and len(given) > 0
-        if fits and given.device.type == "cpu":  # elsewhere looking at them would wait
+        on_host = given.device.type == "cpu"  # elsewhere looking at them would wait
+        if fits and on_host:
             fits = bool(((given >= 0) & (given <= self.slots)).all())
         if not fits:
             raise ValueError(
@@ -167,24 +170,46 @@ class LoRA(Adapter):
             self.ids.copy_(new)
         else:
             self.ids = kept(new)
-        self._turns += 1
+        self._chosen = tuple(given.tolist()) if on_host else None
+        self._written = self.ids._version
+        self._turns += not on_host
+
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """As :attr:`Adapter.version`; ids count by their values, so that two runs may take turns,
+        each choosing its own before every step."""
+        number, turns, writes = super().version
+        if self.ids is None:
+            return number, turns, writes, None
+        own = self.ids._version
+        return number, turns, writes - own, (self._chosen, own - self._written)
 
     def _ids(self, rows: int) -> Tensor | None:
         if self.ids is None:
             if self.slots == 1:
                 return None
             return torch.ones(rows, dtype=torch.int64, device=self.scale.device)
-        if rows % len(self.ids):
+        some = rows_in_work()
+        batch = some[0][1] if some else rows
+        if batch % len(self.ids):
             raise ValueError(
-                f"{self.method}: a batch has {rows} rows, need a multiple of the {len(self.ids)} "
+                f"{self.method}: a batch has {batch} rows, need a multiple of the {len(self.ids)} "
                 "ids that choose() got"
             )
-        return self.ids.repeat(rows // len(self.ids))
+        ids = self.ids.repeat(batch // len(self.ids))
+        for chosen, _ in some:
+            ids = ids[chosen]
+        if len(ids) != rows:
+            raise ValueError(
+                f"{self.method}: a layer has {rows} rows where a cache computes {len(ids)} samples "
+                f"of {batch}, need choose(None) or another cache"
+            )
+        return ids
 
     # ---- what the layers do ----
 
     def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
-        for name, layer in self.places.items():
+        for name, layer in self.places.items() if self.rank else ():
             yield layer, self._hook(self.pairs[key_of(name)])
 
     def _hook(self, pair: Any) -> Hook:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.adapters import samples
 from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.first_block import FirstBlock
@@ -123,7 +124,8 @@ def _run(plain: Callable[..., Any], args: Any, kwargs: Any, batch: int) -> Any:
         return plain(*args, **kwargs)
     # The streams past the head's end have these rows alone already.
     args, kwargs = call_of(args, kwargs, stack.rows, batch)
-    return plain(*args, **kwargs)
+    with samples(stack.rows, batch):
+        return plain(*args, **kwargs)
 
 
 def _signal(view: BlockView, policy: Policy, args: Any, kwargs: Any) -> Tensor | None:

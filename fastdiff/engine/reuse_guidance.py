@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastdiff.adapters import samples
 from fastdiff.cache.guidance import GuidanceReuse, weigh
 from fastdiff.engine.history import History
 from fastdiff.engine.off import why_off
@@ -133,7 +134,8 @@ class _Halves:
         outer = request.slot
         request.slot = (outer, "conditional" if cond else "unconditional")
         try:
-            leaves, spec = pytree.tree_flatten(self._plain(*args, **kwargs))
+            with samples(rows, self._batch):
+                leaves, spec = pytree.tree_flatten(self._plain(*args, **kwargs))
         finally:
             request.slot = outer
         return leaves[0], spec

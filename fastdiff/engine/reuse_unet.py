@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdiff.adapters import samples
 from fastdiff.cache.accumulated import AccumulatedDistance
 from fastdiff.cache.deepcache import DeepCache
 from fastdiff.cache.first_block import FirstBlock
@@ -133,11 +134,13 @@ def _drive(
     patch.set(network, "forward", forward)
 
 
-def _some(call: Depths, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
-    """The arguments of a stage for the samples that compute."""
+def _some(call: Depths, run: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
+    """``run``, a stage or a part of one, for the samples that compute."""
     if not isinstance(call.rows, Tensor):
-        return args, kwargs
-    return call_of(args, kwargs, call.rows, call.batch)
+        return run(*args, **kwargs)
+    args, kwargs = call_of(args, kwargs, call.rows, call.batch)
+    with samples(call.rows, call.batch):
+        return run(*args, **kwargs)
 
 
 def _skip(module: nn.Module, patch: Patch, skips: int | None = None) -> None:
@@ -149,8 +152,7 @@ def _skip(module: nn.Module, patch: Patch, skips: int | None = None) -> None:
         if call is None:
             return plain(*args, **kwargs)
         if call.rows is not None:
-            args, kwargs = _some(call, args, kwargs)
-            return plain(*args, **kwargs)
+            return _some(call, plain, args, kwargs)
         empty = nothing(args, kwargs)
         return empty if skips is None else (empty, (empty,) * skips)
 
@@ -181,8 +183,7 @@ def _shorten(stage: Stage, layers: int, policy: Policy, patch: Patch) -> None:
             empty = nothing(args, kwargs)
             return empty, skips + (empty,) * missing
         args, kwargs = _with(stage, args, kwargs, hidden)
-        args, kwargs = _some(call, args, kwargs)
-        hidden, more = tail(*args, **kwargs)
+        hidden, more = _some(call, tail, args, kwargs)
         return hidden, skips + more
 
     patch.set(stage.module, "forward", forward)
@@ -210,8 +211,7 @@ def _enter(stage: Stage, layers: int, patch: Patch) -> None:
         if call.rows is not None:
             above = Join(join.hidden, join.skips[layers:], join.size)
             args_above, kwargs_above = stage.write(args, kwargs, above)
-            args_above, kwargs_above = _some(call, args_above, kwargs_above)
-            hidden = head(*args_above, **kwargs_above)
+            hidden = _some(call, head, args_above, kwargs_above)
         hidden = call.keep(hidden)
         args, kwargs = stage.write(args, kwargs, Join(hidden, join.skips[:layers], join.size))
         return tail(*args, **kwargs)
@@ -229,8 +229,7 @@ def _enter_mid(mid: nn.Module, patch: Patch) -> None:
             return plain(*args, **kwargs)
         if call.rows is None:
             return call.keep(nothing(args, kwargs)).clone()
-        args, kwargs = _some(call, args, kwargs)
-        return call.keep(plain(*args, **kwargs))
+        return call.keep(_some(call, plain, args, kwargs))
 
     patch.set(mid, "forward", forward)
 

@@ -242,7 +242,7 @@ def test_the_version_moves_with_every_change(tmp_path):
     for change in (
         lambda: lora.merge(1), lora.unmerge, lambda: lora.put(0, path), lambda: lora.load(own),
         lambda: lora.choose([1]), lambda: lora.choose([2]), lambda: lora.choose([1, 2]),
-        lambda: lora.choose(None), lambda: lora.scale.fill_(2.0), lora.detach, lora.attach,
+        lambda: lora.ids.fill_(0), lambda: lora.scale.fill_(2.0), lora.detach, lora.attach,
         lambda: fill(lora, 3), lambda: adapters.LoRA(network, 1),
     ):  # fmt: skip
         change()
