@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff import cache
+from fastdiff import adapters, cache
 from fastdiff.cache.parse import POLICIES
 from fastdiff.testing import load_file
 from fastdiff.tokens import Merge, RegionAdaptive
@@ -188,6 +188,119 @@ def test_what_is_held_is_what_was_claimed_and_a_limit_is_obeyed(kind, names):
         else:
             assert request.peak_bytes <= limit
             torch.testing.assert_close(got, free)
+
+
+# ---- adapters beside caches ----
+
+
+def adapted(model, rank=4, seed=0):
+    """An adapter of its layers for each of two samples."""
+    lora = adapters.LoRA(model, rank, slots=2)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=g))
+    lora.choose([1, 2])
+    return lora
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_adapters_beside_every_policy(kind, name):
+    """Neutral settings of either leave the other alone, to the bit; with both at work a sample
+    without an adapter is what it is where there is none."""
+    model, args, kwargs = KINDS[kind]()
+    try:
+        fastdiff.accelerate(model, cache=NEUTRAL[name], exact=False)
+    except ValueError:
+        pytest.skip(f"{name} does not run on a {kind}")
+    plain = run(model, args, kwargs)[0]
+    lora = adapted(model)
+    both = run(model, args, kwargs)[0]
+    fastdiff.restore(model)
+    assert torch.equal(run(model, args, kwargs)[0], both) and not torch.equal(both, plain)
+    lora.detach()
+    fastdiff.accelerate(model, cache=WORKING[name], exact=False)
+    alone = run(model, args, kwargs)[0]
+    nothing = adapted(model, rank=0)
+    assert torch.equal(run(model, args, kwargs)[0], alone)
+    nothing.detach()
+    lora.attach()
+    got, request = run(model, args, kwargs)
+    assert got.isfinite().all() and not request.notes
+    assert not torch.equal(got, both) and not torch.equal(got, alone)
+    assert torch.equal(run(model, args, kwargs)[0], got)
+    if name != "guidance":  # which takes the halves of a batch for one sample
+        lora.choose([0, 2])
+        got = run(model, args, kwargs)[0]
+        assert torch.equal(got[:, 0], alone[:, 0]) and not torch.equal(got[:, 1], alone[:, 1])
+    lora.detach()
+    assert torch.equal(run(model, args, kwargs)[0], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_runs_that_take_turns_with_adapters_of_their_own(kind, name):
+    """Each chooses its ids before every step, and both are as one after the other."""
+    model, args, kwargs = KINDS[kind]()
+    try:
+        fastdiff.accelerate(model, cache=WORKING[name])
+    except ValueError:
+        pytest.skip(f"{name} does not run on a {kind}")
+    lora = adapted(model)
+    inputs = [(args[0] + 0.05 * i * args[0].flip(0), *args[1:]) for i in range(7)]
+    wants = []
+    for ids in ([1, 2], [2, 0]):
+        lora.choose(ids)
+        with fastdiff.request(7) as one, torch.no_grad():
+            outs = [model(*a, **kwargs, return_dict=False)[0] for a in inputs]
+        wants.append((ids, outs, one))
+    assert not torch.equal(wants[0][1][6], wants[1][1][6])
+    turns = [fastdiff.engine.request.Request(7, 1) for _ in wants]
+    for i, a in enumerate(inputs):
+        for (ids, outs, _), mine in zip(wants, turns, strict=True):
+            lora.choose(ids)
+            with torch.no_grad(), mine.active():
+                assert torch.equal(model(*a, **kwargs, return_dict=False)[0], outs[i])
+    for (_, _, one), mine in zip(wants, turns, strict=True):
+        assert not mine.notes and [e[:4] for e in mine.trace] == [e[:4] for e in one.trace]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [cache.FirstBlock, cache.AccumulatedDistance])
+def test_samples_that_compute_alone_keep_their_adapters(kind, make):
+    """A rule that takes some samples out of the batch: each as in a batch of itself."""
+    model, args, kwargs = KINDS[kind]()
+    lora, steps = adapted(model), 9
+    g = torch.Generator().manual_seed(3)
+    move = torch.randn(args[0].shape, generator=g) * torch.tensor([0.02, 0.4])[:, None, None, None]
+
+    def some(values, b):
+        return {
+            k: v[b : b + 1] if torch.is_tensor(v) and v.dim() and len(v) == 2 else v
+            for k, v in values.items()
+        }
+
+    def outputs(ids, b=None):
+        lora.choose(ids)
+        x, how = (args[0], kwargs) if b is None else (args[0][b : b + 1], some(kwargs, b))
+        step = move if b is None else move[b : b + 1]
+        rest = [r if b is None or not r.dim() else r[b : b + 1] for r in args[1:]]
+        with fastdiff.request(steps) as one:
+            outs = [model(x + i * step, *rest, **how, return_dict=False)[0] for i in range(steps)]
+        return torch.stack(outs), one
+
+    for threshold in (0.02, 0.05, 0.1, 0.2, 0.4):
+        fastdiff.accelerate(model, cache=make(threshold))
+        both, one = outputs([1, 2])
+        if any(any(e.computed) and not all(e.computed) for e in one.trace):
+            for b in (0, 1):
+                alone, _ = outputs([b + 1], b)
+                torch.testing.assert_close(both[:, b : b + 1], alone, rtol=1e-3, atol=1e-4)
+            return
+        fastdiff.restore(model)
+    raise AssertionError("no threshold took one sample out of the batch")
 
 
 class Residual(nn.Module):
