@@ -357,24 +357,25 @@ def tokens(
         always: as for :func:`drive`.
     """
     block = view.blocks.blocks[first]
-    plain, last = forward_of(block.module), forward_of(view.last)
+    plain, last = forward_of(block.module), view.last
 
     def entry(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
         if call is not None:
+            last._forward_hooks.move_to_end(handle.id)  # after an adapter's, which see some tokens
             x = block.read(args, kwargs)[0]
             (some,) = call.begin(x)
             if some is not x:
                 args, kwargs = _with_hidden(args, kwargs, some)
         return plain(*args, **kwargs)
 
-    def outputs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outputs(_: nn.Module, args: Any, out: Tensor) -> Tensor:
         call = _call.get()
-        out: Tensor = last(x, *args, **kwargs)
         return out if call is None else call.output(out)
 
     patch.set(block.module, "forward", entry)
-    patch.set(view.last, "forward", outputs)
+    handle = last.register_forward_hook(outputs)
+    patch.on_undo(handle.remove)
     drive(network, policy, view, patch, always)
     count = len(view.blocks.blocks)
     return [f"{policy}: blocks {first}-{count - 1} run on the tokens in focus"]
