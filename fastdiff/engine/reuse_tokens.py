@@ -358,11 +358,12 @@ def tokens(
     """
     block = view.blocks.blocks[first]
     plain, last = forward_of(block.module), view.last
+    hooks: Any = last._forward_hooks
 
     def entry(*args: Any, **kwargs: Any) -> Any:
         call = _call.get()
         if call is not None:
-            last._forward_hooks.move_to_end(handle.id)  # after an adapter's, which see some tokens
+            hooks.move_to_end(handle.id)  # after an adapter's, which see some tokens
             x = block.read(args, kwargs)[0]
             (some,) = call.begin(x)
             if some is not x:
