@@ -26,7 +26,7 @@ from fastdiff.ops._check import (
     check_tensor,
     wide,
 )
-from fastdiff.ops.grouped_linear import GRAD_IMPLS, grouped_weight_grad
+from fastdiff.ops.grouped_linear import GRAD_IMPLS
 from fastdiff.ops.linear import linear
 
 MOST_RANK = 256
@@ -168,7 +168,8 @@ def _weight_grads(
     found = []
     for a, b in pairs:
         flat = a[order].flatten(0, 1)
-        found.append(grouped_weight_grad(flat, b.flatten(0, 1), offsets, index=rows, impl=impl))
+        args = flat, b.flatten(0, 1), offsets, rows
+        found.append(pick("grouped_weight_grad", GRAD_IMPLS, impl, *args)(*args))
     return found
 
 
