@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, needs_grad, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_index,
     check_like,
@@ -127,8 +128,21 @@ def _native_why_not(
     return why or refuse_grad(y, x, down, up, scale)
 
 
+def _triton_why_not(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    keep: bool,
+) -> str | None:
+    return why_not_triton(y, x, down, up, scale) or refuse_grad(y, x, down, up, scale)
+
+
 IMPLS = (
     Impl("native", native("lora_add"), _native_why_not),
+    Impl("triton", triton_row("lora", "lora_add"), _triton_why_not),
     Impl("torch", _torch_row, _torch_why_not),
     Impl("ref", lora_add_ref, always),
 )
@@ -291,9 +305,11 @@ def lora_add(
 
     Returns:
         Shape, dtype and device of ``y``, contiguous; never a view of it. Samples without adapter,
-        or with a scale of 0, and all with r 0, have the bits of ``y``. Sums are float32. The row
-        "torch" rounds the low-rank product to the dtype of ``x``, and once more with its scale;
-        "ref" rounds neither.
+        or with a scale of 0, and all with r 0, have the bits of ``y``. Sums are float32. The
+        low-rank product is not rounded by the native row on a CPU and "ref"; it is rounded to the
+        dtype of ``x``, as tensor cores take it, by the native row on a GPU and "triton", and by
+        "torch", which does so once more with its scale. On the native row no sample's bits depend
+        on the others.
 
         Gradients go to ``y`` (as it comes), ``x``, ``down``, ``up`` and ``scale``, the last also
         where it is 0. For them ``x`` is kept where ``down`` is trained, the low-rank product, in
