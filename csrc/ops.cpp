@@ -55,6 +55,11 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
+  // y [B,...,N]; x [B,...,K]; down [A,r,K]; up [A,N,r]; scale [A] float32; index [B] of 0 to A -> y
+  // + scale[a] x down[a]^T up[a]^T, and with `keep` x down[a]^T, else [0]
+  m.def(
+      "lora_add(Tensor y, Tensor x, Tensor down, Tensor up, Tensor scale, Tensor? index, bool "
+      "keep) -> (Tensor, Tensor)");
   // logits [T,E]; sample [B,E] -> weights, experts [T,k], order [T k], position [T,k], offsets
   // [E+1], counts [E]
   m.def(

@@ -161,6 +161,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         ),
     )
     yield from _adapters(dtype)
+    yield from _low_rank(dtype)
     yield from _aggregations(dtype)
     yield from _small_experts(dtype)
     yield from _experts(dtype)
@@ -191,6 +192,27 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
         "SD 1.5 2x320x64x64, 8 tasks",
         lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks),
     )
+
+
+def _low_rank(dtype: torch.dtype) -> Iterator[Case]:
+    """DiT-XL/2 at 512 px, eight samples with an adapter each; Stable Diffusion's U-Net with one."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def call(tokens: int, k: int, n: int, rank: int, adapters: int) -> Call:
+        index = torch.empty(8, dtype=torch.int64) if adapters > 1 else None
+        factors = t(adapters, rank, k), t(adapters, n, rank)
+        return _call(t(8, tokens, n), t(8, tokens, k), *factors, torch.empty(adapters), index)
+
+    for k, n in ((1152, 3456), (4608, 1152)):
+        yield Case(
+            "lora_add",
+            f"DiT-XL/2 8x1024, {k} to {n}, 8 of rank 16",
+            lambda k=k, n=n: call(1024, k, n, 16, 8),  # type: ignore[misc]
+        )
+    yield Case("lora_add", "SD 1.5 8x4096, 320, rank 4", lambda: call(4096, 320, 320, 4, 1))
+    yield Case("lora_add", "DiT-XL/2 8x256, 1152, rank 256", lambda: call(256, 1152, 1152, 256, 2))
 
 
 def _aggregations(dtype: torch.dtype) -> Iterator[Case]:

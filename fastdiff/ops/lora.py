@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, needs_grad, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_index,
     check_like,
@@ -26,7 +28,7 @@ from fastdiff.ops._check import (
     check_tensor,
     wide,
 )
-from fastdiff.ops.grouped_linear import GRAD_IMPLS, grouped_weight_grad
+from fastdiff.ops.grouped_linear import GRAD_IMPLS
 from fastdiff.ops.linear import linear
 
 MOST_RANK = 256
@@ -35,6 +37,10 @@ MOST_RANK = 256
 def _rows(t: Tensor) -> Tensor:
     """``[B, T, D]`` of ``[B, ..., D]``."""
     return t.reshape(t.shape[0], t.shape[1:-1].numel(), t.shape[-1])
+
+
+def _kept(low: Tensor, y: Tensor) -> Tensor:
+    return low.reshape(*y.shape[:-1], low.shape[-1])
 
 
 def _adapters(scale: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -66,7 +72,7 @@ def lora_add_ref(
     out = (wide(base) + gain * (low @ wide(up)[at].mT)).to(y.dtype)
     neutral = (gain == 0) | (down.shape[1] == 0)
     out = torch.where(neutral, base, out).view(y.shape)
-    return out, low.to(x.dtype) if keep else x.new_empty(0)
+    return out, _kept(low.to(x.dtype), y) if keep else x.new_empty(0)
 
 
 def _torch_row(
@@ -91,7 +97,8 @@ def _torch_row(
         low = torch.bmm(rows, torch.where(on[:, None, None], down[at], 0.0).mT)
         out = torch.baddbmm(base, (gain * low).to(x.dtype), up[at].mT)
     neutral = (gain == 0) | (rank == 0)
-    return torch.where(neutral, base, out).view(y.shape), low if keep else x.new_empty(0)
+    out = torch.where(neutral, base, out).view(y.shape)
+    return out, _kept(low, y) if keep else x.new_empty(0)
 
 
 def _torch_why_not(
@@ -106,7 +113,36 @@ def _torch_why_not(
     return refuse_grad(y, x, down, up, scale)
 
 
+def _native_why_not(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    keep: bool,
+) -> str | None:
+    why = why_not_native(y, x, down, up, scale, gpu="lora_add")
+    if why is None and y.is_cuda and y.dtype not in (torch.bfloat16, torch.float16):
+        why = f"dtype {y.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
+    return why or refuse_grad(y, x, down, up, scale)
+
+
+def _triton_why_not(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    keep: bool,
+) -> str | None:
+    return why_not_triton(y, x, down, up, scale) or refuse_grad(y, x, down, up, scale)
+
+
 IMPLS = (
+    Impl("native", native("lora_add"), _native_why_not),
+    Impl("triton", triton_row("lora", "lora_add"), _triton_why_not),
     Impl("torch", _torch_row, _torch_why_not),
     Impl("ref", lora_add_ref, always),
 )
@@ -168,7 +204,8 @@ def _weight_grads(
     found = []
     for a, b in pairs:
         flat = a[order].flatten(0, 1)
-        found.append(grouped_weight_grad(flat, b.flatten(0, 1), offsets, index=rows, impl=impl))
+        args = flat, b.flatten(0, 1), offsets, rows
+        found.append(pick("grouped_weight_grad", GRAD_IMPLS, impl, *args)(*args))
     return found
 
 
@@ -201,6 +238,7 @@ class _LoraAdd(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("lora_add: there is no second derivative")
         x, low, down, up, scale, index = ctx.saved_tensors
+        low = None if low is None else _rows(low)
         of_y, of_x, of_down, of_up, of_scale = ctx.wants
         at, on = _adapters(scale, index)
         gain = torch.where(on, scale[at], 0.0)[:, None, None]
@@ -267,9 +305,11 @@ def lora_add(
 
     Returns:
         Shape, dtype and device of ``y``, contiguous; never a view of it. Samples without adapter,
-        or with a scale of 0, and all with r 0, have the bits of ``y``. Sums are float32. The row
-        "torch" rounds the low-rank product to the dtype of ``x``, and once more with its scale;
-        "ref" rounds neither.
+        or with a scale of 0, and all with r 0, have the bits of ``y``. Sums are float32. The
+        low-rank product is not rounded by the native row on a CPU and "ref"; it is rounded to the
+        dtype of ``x``, as tensor cores take it, by the native row on a GPU and "triton", and by
+        "torch", which does so once more with its scale. On the native row no sample's bits depend
+        on the others.
 
         Gradients go to ``y`` (as it comes), ``x``, ``down``, ``up`` and ``scale``, the last also
         where it is 0. For them ``x`` is kept where ``down`` is trained, the low-rank product, in
@@ -315,3 +355,19 @@ def lora_linear(
         ValueError: as :func:`linear` and :func:`lora_add` do.
     """
     return lora_add(linear(x, weight, bias), x, down, up, scale, index)
+
+
+if hasattr(torch.ops.fastdiff, "lora_add"):
+
+    @torch.library.register_fake("fastdiff::lora_add")
+    def _(
+        y: Tensor,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: Tensor,
+        index: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        low = x.new_empty(*y.shape[:-1], down.shape[1]) if keep else x.new_empty(0)
+        return torch.empty_like(y, memory_format=torch.contiguous_format), low
