@@ -10,7 +10,9 @@ With theta the values, g their gradient, t the step from 1, eta the learning rat
     weight.view(-1)[index] <- theta, rounded once to the weight's dtype
 
 in this order of roundings, which is that of ``torch.optim.AdamW`` on a CPU: what depends on t, eta,
-lambda and beta alone is computed in double and rounded once to float32.
+lambda and beta alone is computed in double and rounded once to float32, and the sums of m and v are
+fused with one product each, as torch has them with AVX2 or AVX-512. torch's square root on a CPU is
+MKL's, whose last bit may differ from the rounded one's: the native row calls it, and GPUs round.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_finite, check_like, check_range, check_shape, check_tensor
 
 _OP = "sparse_adamw_"
@@ -87,7 +91,19 @@ def of_step(step: float, lr: float, beta1: float, beta2: float) -> tuple[float, 
     return lr / (1 - beta1**step), root
 
 
-IMPLS = (Impl("ref", sparse_adamw_ref, always),)
+def _native_why_not(values: Tensor, *rest: Any) -> str | None:
+    return why_not_native(values, rest[3], gpu="sparse_adamw")
+
+
+def _triton_why_not(values: Tensor, *rest: Any) -> str | None:
+    return why_not_triton(values, rest[3])
+
+
+IMPLS = (
+    Impl("native", native("sparse_adamw_"), _native_why_not),
+    Impl("triton", triton_row("sparse_adamw", "sparse_adamw_"), _triton_why_not),
+    Impl("ref", sparse_adamw_ref, always),
+)
 
 
 def _check_vector(name: str, t: Tensor, values: Tensor) -> None:
@@ -244,3 +260,10 @@ def sparse_adamw_(
     with torch.no_grad():
         pick(_OP, IMPLS, impl, *args)(*args)
     return values
+
+
+if hasattr(torch.ops.fastdiff, "sparse_adamw_"):
+
+    @torch.library.register_fake("fastdiff::sparse_adamw_")
+    def _(values: Tensor, *_: Any) -> None:
+        return None
