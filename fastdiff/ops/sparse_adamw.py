@@ -26,7 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick
 from fastdiff.kernels import triton_row, why_not_triton
-from fastdiff.ops._check import check_finite, check_like, check_range, check_shape, check_tensor
+from fastdiff.ops._check import (
+    check_finite,
+    check_like,
+    check_range,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
 
 _OP = "sparse_adamw_"
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +118,16 @@ def _check_vector(name: str, t: Tensor, values: Tensor) -> None:
     check_shape(_OP, name, t, values.shape)
 
 
+def _check_place(name: str, t: Tensor, values: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{_OP}: {name} is {type(t).__name__}, need a torch.Tensor")
+    check_strided(_OP, name, t)
+    if t.device != values.device:
+        raise ValueError(
+            f"{_OP}: {name} is on {t.device}, need {values.device}, the device of values"
+        )
+
+
 def _check_dense(name: str, t: Tensor) -> None:
     if not t.is_contiguous():
         raise ValueError(f"{_OP}: {name} has strides {list(t.stride())}, need a contiguous tensor")
@@ -129,16 +146,12 @@ def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_dec
 
 def _check_step(step: Any, values: Tensor) -> None:
     if isinstance(step, Tensor):
-        _check_step_tensor(step, values)
+        check_like(_OP, "step", step, values, "values")
+        check_shape(_OP, "step", step, (1,))
     elif not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(
             f"{_OP}: step is {step!r}, need an integer of at least 1, or a torch.float32 tensor [1]"
         )
-
-
-def _check_step_tensor(step: Tensor, values: Tensor) -> None:
-    check_like(_OP, "step", step, values, "values")
-    check_shape(_OP, "step", step, (1,))
 
 
 def row_args(
@@ -162,21 +175,12 @@ def row_args(
         raise ValueError(f"{_OP}: values is {values.dtype}, need torch.float32")
     for name, t in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_vector(name, t, values)
-    check_tensor(_OP, "weight", weight, min_dim=0)
+    _check_place("weight", weight, values)
     if weight.dtype not in _WEIGHTS:
         raise ValueError(f"{_OP}: weight is {weight.dtype}, need float32, bfloat16 or float16")
-    for name, t in (("weight", weight), ("index", index)):
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{_OP}: {name} is {type(t).__name__}, need a torch.Tensor")
-        if t.device != values.device:
-            raise ValueError(
-                f"{_OP}: {name} is on {t.device}, need {values.device}, the device of values"
-            )
-    if index.dtype not in (torch.int32, torch.int64) or index.layout != torch.strided:
-        raise ValueError(
-            f"{_OP}: index is {index.dtype} of layout {index.layout}, need a strided torch.int32 "
-            "or torch.int64"
-        )
+    _check_place("index", index, values)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{_OP}: index is {index.dtype}, need torch.int32 or torch.int64")
     check_shape(_OP, "index", index, values.shape)
     for name, t in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_dense(name, t)
@@ -259,6 +263,8 @@ def sparse_adamw_(
     )
     with torch.no_grad():
         pick(_OP, IMPLS, impl, *args)(*args)
+    if not torch.compiler.is_compiling():  # a graph that kept one of them for its backward sees it
+        torch.autograd.graph.increment_version((values, exp_avg, exp_avg_sq, weight))
     return values
 
 
