@@ -1,5 +1,5 @@
-"""AdamW on 5 % of the entries of DiT-XL/2's weights, against torch's fused AdamW on the whole weight
-and on the packed entries without the weight, and against a copy of as many bytes."""
+"""AdamW on 5 % of the entries of DiT-XL/2's weights, against torch's fused AdamW on the whole
+weight and on the packed entries without the weight, and against a copy of as many bytes."""
 
 from __future__ import annotations
 
