@@ -82,6 +82,12 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "sparse_conv2d_weight_grad(Tensor grad, Tensor x, Tensor crow, Tensor col, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  // values, grad, exp_avg, exp_avg_sq float32 [n]; index [n] int32 or int64: positions in weight;
+  // step_size, root: of the host's step, where no step [1] float32 is given
+  m.def(
+      "sparse_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!) weight, Tensor index, Tensor? step, float lr, float beta1, float beta2, float "
+      "eps, float weight_decay, float step_size, float root) -> ()");
   // x [B,...,C] with dim -1, [B,C,...] with dim 1; scale, shift [C], or [A,C] with index [B]; of
   // x's dtype or float32
   m.def("scale_shift(Tensor x, Tensor scale, Tensor? shift, Tensor? index, int dim) -> Tensor");

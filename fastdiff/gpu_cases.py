@@ -166,6 +166,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from _small_experts(dtype)
     yield from _experts(dtype)
     yield from _sparse(dtype)
+    yield from _trained(dtype)
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:
@@ -394,6 +395,24 @@ def _sparse(dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+def _trained(dtype: torch.dtype) -> Iterator[Case]:
+    """5 % of DiT-XL/2's first feed-forward weight, [4608, 1152]."""
+    count = 4608 * 1152 // 20
+    numbers = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+
+    def call(index: torch.dtype, step: int | Tensor) -> Call:
+        packed = [torch.empty(count) for _ in range(4)]
+        weight = torch.empty(4608, 1152, dtype=dtype)
+        return _call(*packed, weight, torch.empty(count, dtype=index), **numbers, step=step)
+
+    yield Case("sparse_adamw_", "DiT-XL/2, 5 % of 4608x1152", lambda: call(torch.int32, 3))
+    yield Case(
+        "sparse_adamw_",
+        "DiT-XL/2, 5 % of 4608x1152, int64, step on the device",
+        lambda: call(torch.int64, torch.empty(1)),
+    )
+
+
 def moved(*values: Any) -> int:
     """Bytes of the tensors in ``values``, each counted once: what a call must read and write."""
     seen: dict[int, int] = {}
@@ -410,4 +429,7 @@ def traffic(op: str, args: tuple[Any, ...], out: Any) -> int:
         return moved(args[1]) + 2 * moved(out)
     if op == "update_tokens_":
         return moved(args[1]) + 2 * moved(args[2])
+    if op == "sparse_adamw_":  # all but the gradient and the index is read and written
+        count, packed = args[0].numel(), moved(args[0], *args[2:4])
+        return 2 * packed + moved(args[1], args[5]) + count * args[4].element_size()
     return moved(*args, out)

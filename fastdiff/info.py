@@ -89,6 +89,11 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(2, 384),
     ),
     "select_tokens": lambda new: (new(2, 256), 64),
+    "sparse_adamw_": lambda new: (
+        *(new(7373, dtype=torch.float32) for _ in range(4)),
+        new(384, 384),
+        new(7373, dtype=torch.int32),
+    ),
     "sparse_conv2d_weight_grad": lambda new: (
         new(2, 64, 14, 14),
         new(2, 64, 16, 16),

@@ -10,7 +10,9 @@ With theta the values, g their gradient, t the step from 1, eta the learning rat
     weight.view(-1)[index] <- theta, rounded once to the weight's dtype
 
 in this order of roundings, which is that of ``torch.optim.AdamW`` on a CPU: what depends on t, eta,
-lambda and beta alone is computed in double and rounded once to float32.
+lambda and beta alone is computed in double and rounded once to float32, and the sums of m and v are
+fused with one product each, as torch has them with AVX2 or AVX-512. torch's square root on a CPU is
+MKL's, whose last bit may differ from the rounded one's: the native row calls it, and GPUs round.
 """
 
 from __future__ import annotations
@@ -21,8 +23,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick
-from fastdiff.ops._check import check_finite, check_like, check_range, check_shape, check_tensor
+from fastdiff.kernels import triton_row, why_not_triton
+from fastdiff.ops._check import (
+    check_finite,
+    check_like,
+    check_range,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
 
 _OP = "sparse_adamw_"
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,12 +98,34 @@ def of_step(step: float, lr: float, beta1: float, beta2: float) -> tuple[float, 
     return lr / (1 - beta1**step), root
 
 
-IMPLS = (Impl("ref", sparse_adamw_ref, always),)
+def _native_why_not(values: Tensor, *rest: Any) -> str | None:
+    return why_not_native(values, rest[3], gpu="sparse_adamw")
+
+
+def _triton_why_not(values: Tensor, *rest: Any) -> str | None:
+    return why_not_triton(values, rest[3])
+
+
+IMPLS = (
+    Impl("native", native("sparse_adamw_"), _native_why_not),
+    Impl("triton", triton_row("sparse_adamw", "sparse_adamw_"), _triton_why_not),
+    Impl("ref", sparse_adamw_ref, always),
+)
 
 
 def _check_vector(name: str, t: Tensor, values: Tensor) -> None:
     check_like(_OP, name, t, values, "values")
     check_shape(_OP, name, t, values.shape)
+
+
+def _check_place(name: str, t: Tensor, values: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{_OP}: {name} is {type(t).__name__}, need a torch.Tensor")
+    check_strided(_OP, name, t)
+    if t.device != values.device:
+        raise ValueError(
+            f"{_OP}: {name} is on {t.device}, need {values.device}, the device of values"
+        )
 
 
 def _check_dense(name: str, t: Tensor) -> None:
@@ -113,16 +146,12 @@ def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_dec
 
 def _check_step(step: Any, values: Tensor) -> None:
     if isinstance(step, Tensor):
-        _check_step_tensor(step, values)
+        check_like(_OP, "step", step, values, "values")
+        check_shape(_OP, "step", step, (1,))
     elif not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(
             f"{_OP}: step is {step!r}, need an integer of at least 1, or a torch.float32 tensor [1]"
         )
-
-
-def _check_step_tensor(step: Tensor, values: Tensor) -> None:
-    check_like(_OP, "step", step, values, "values")
-    check_shape(_OP, "step", step, (1,))
 
 
 def row_args(
@@ -146,21 +175,12 @@ def row_args(
         raise ValueError(f"{_OP}: values is {values.dtype}, need torch.float32")
     for name, t in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_vector(name, t, values)
-    check_tensor(_OP, "weight", weight, min_dim=0)
+    _check_place("weight", weight, values)
     if weight.dtype not in _WEIGHTS:
         raise ValueError(f"{_OP}: weight is {weight.dtype}, need float32, bfloat16 or float16")
-    for name, t in (("weight", weight), ("index", index)):
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{_OP}: {name} is {type(t).__name__}, need a torch.Tensor")
-        if t.device != values.device:
-            raise ValueError(
-                f"{_OP}: {name} is on {t.device}, need {values.device}, the device of values"
-            )
-    if index.dtype not in (torch.int32, torch.int64) or index.layout != torch.strided:
-        raise ValueError(
-            f"{_OP}: index is {index.dtype} of layout {index.layout}, need a strided torch.int32 "
-            "or torch.int64"
-        )
+    _check_place("index", index, values)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{_OP}: index is {index.dtype}, need torch.int32 or torch.int64")
     check_shape(_OP, "index", index, values.shape)
     for name, t in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_dense(name, t)
@@ -243,4 +263,13 @@ def sparse_adamw_(
     )
     with torch.no_grad():
         pick(_OP, IMPLS, impl, *args)(*args)
+    if not torch.compiler.is_compiling():  # a graph that kept one of them for its backward sees it
+        torch.autograd.graph.increment_version((values, exp_avg, exp_avg_sq, weight))
     return values
+
+
+if hasattr(torch.ops.fastdiff, "sparse_adamw_"):
+
+    @torch.library.register_fake("fastdiff::sparse_adamw_")
+    def _(values: Tensor, *_: Any) -> None:
+        return None
