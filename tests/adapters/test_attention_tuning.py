@@ -311,9 +311,11 @@ def test_batches_repeat_the_patches():
         call(x)
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_tokens_train(merge):
-    model, call, x = sd15()
+@pytest.mark.parametrize(
+    "kind, merge", [("sd15", False), ("sd15", True), ("UNet", False), ("DiT", True)]
+)
+def test_tokens_train(kind, merge):
+    model, call, x = NETWORKS[kind]()
     gated = GatedTokens(model, WIDTH, heads=2, merge=merge)
     patches = draw(2, 5, WIDTH).requires_grad_()
     base = state_of(model)
