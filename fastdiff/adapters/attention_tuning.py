@@ -29,7 +29,7 @@ from fastdiff.adapters.tap import main, whole
 
 # Projections of attention as diffusers, our DiT and most others name them.
 PROJECTIONS = (
-    r"(^|\.)(attn\d*|attention|self_attn|cross_attn)"
+    r"(^|\.)(attn\d*|attention|attentions\.\d+|self_attn|cross_attn)"
     r"\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|qkv|q|k|v|proj)$"
 )
 _BLOCKS = ("BasicTransformerBlock", "_TransformerBlock", "_Block")

@@ -123,12 +123,19 @@ class MotionLoRA(LoRA):
         """Within, calls of the network have the adapter in this role.
 
         Raises:
-            ValueError: there is no such role, or the adapter is merged and so in the weights.
+            ValueError: there is no such role, the adapter is merged and so in the weights, or the
+                network computes parts anew in the backward pass, which comes after.
         """
         if role not in ("train", "frozen", "off"):
             raise ValueError(f"{self.method}: role is {role!r}, need train, frozen or off")
         if self.merged:
             raise ValueError(f"{self.method}: it is merged, need unmerge() before a role")
+        anew = any(getattr(m, "gradient_checkpointing", False) for m in self.network.modules())
+        if anew and torch.is_grad_enabled():
+            raise ValueError(
+                f"{self.method}: gradient checkpointing is on, need it off: the backward pass "
+                "would compute with another role"
+            )
         was, self.role = self.role, role
         self._turns += 1
         try:

@@ -142,6 +142,17 @@ def test_chosen_projections_and_conflicts():
         TrainAttention(model, targets=["to_x"])
 
 
+def test_attention_without_a_transformer():
+    model = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=16,
+    )  # fmt: skip
+    tuned = TrainAttention(model)
+    assert len(tuned.trains) == 8 * 4
+    assert all(".attentions." in n and "norm" not in n for n in tuned.trains)
+
+
 def test_attention_in_bf16():
     model, call, x = sd15()
     model.bfloat16()
@@ -300,9 +311,11 @@ def test_batches_repeat_the_patches():
         call(x)
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_tokens_train(merge):
-    model, call, x = sd15()
+@pytest.mark.parametrize(
+    "kind, merge", [("sd15", False), ("sd15", True), ("UNet", False), ("DiT", True)]
+)
+def test_tokens_train(kind, merge):
+    model, call, x = NETWORKS[kind]()
     gated = GatedTokens(model, WIDTH, heads=2, merge=merge)
     patches = draw(2, 5, WIDTH).requires_grad_()
     base = state_of(model)

@@ -144,6 +144,20 @@ def test_roles():
         pass
 
 
+def test_roles_and_gradient_checkpointing():
+    """Whose second pass would come after the role."""
+    model, call = animatediff()
+    model.enable_gradient_checkpointing()
+    spatial, temporal = motion_director(model, rank=2)
+    with pytest.raises(ValueError, match="checkpointing is on"):
+        training_losses(spatial, temporal, call, video(), video(), leave_out=0.0)
+    assert spatial.role == temporal.role == "train"
+    with torch.no_grad(), spatial.acting("off"):
+        call(video())
+    model.disable_gradient_checkpointing()
+    training_losses(spatial, temporal, call, video(), video(), leave_out=0.0).total.backward()
+
+
 @torch.no_grad()
 def test_each_video_has_its_spatial_adapter():
     model, call = unet3d()

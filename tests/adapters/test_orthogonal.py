@@ -10,6 +10,8 @@ from torch import nn
 from fastdiff import adapters
 from fastdiff.adapters import OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.orthogonal import columns
+from fastdiff.models import DiT
+from fastdiff.testing import draw_weights
 
 
 def draw(*shape, seed=1, dtype=torch.float32):
@@ -235,6 +237,25 @@ def test_convolutions():
         assert (model(x) - want).abs().max() < 1e-5
     made.detach()
     assert same(model, base)
+
+
+def test_concepts_of_a_network():
+    """All layers of one, a picture that is not square, two samples: run, merged, taken back."""
+    model = draw_weights(
+        DiT(input_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    )
+    args = draw(2, 4, 8, 12), torch.tensor([10.0, 900.0]), torch.tensor([3, 5])
+    base = state_of(model)
+    with torch.no_grad():
+        plain = model(*args)
+        loras = [fill(OrthogonalLoRA(model, 2, i, targets=r"attn|mlp"), i + 1) for i in (0, 1)]
+        want = model(*args)
+        for lora in loras:
+            lora.detach()
+        made = merge_concepts(model, loras)
+        assert (model(*args) - want).abs().max() < 1e-5 and (plain - want).abs().max() > 1e-2
+        made.detach()
+        assert same(model, base) and torch.equal(model(*args), plain)
 
 
 def test_bf16_base_trains():
