@@ -175,12 +175,15 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
     def t(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    tokens, image, tasks = (2, 1024, 1152), (2, 320, 64, 64), torch.empty(2, dtype=torch.int64)
+    def tasks() -> Tensor:
+        return torch.empty(2, dtype=torch.int64)
+
+    tokens, image = (2, 1024, 1152), (2, 320, 64, 64)
     yield Case("scale_shift", "DiT-XL/2 2x1024x1152", lambda: _call(t(*tokens), t(1152), t(1152)))
     yield Case(
         "scale_shift",
         "DiT-XL/2 2x1024x1152, 8 tasks, float32 scale",
-        lambda: _call(t(*tokens), torch.empty(8, 1152), index=tasks),
+        lambda: _call(t(*tokens), torch.empty(8, 1152), index=tasks()),
     )
     yield Case("scale_shift", "SD 1.5 2x320x64x64", lambda: _call(t(*image), t(320), t(320), dim=1))
     yield Case(
@@ -191,7 +194,7 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
     yield Case(
         "scale_shift_backward",
         "SD 1.5 2x320x64x64, 8 tasks",
-        lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks),
+        lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks()),
     )
 
 

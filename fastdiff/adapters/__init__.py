@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fastdiff.adapters.afa import SABW, Ensemble
 from fastdiff.adapters.attention_tuning import GatedTokens, Residuals, TrainAttention
 from fastdiff.adapters.base import (
     Adapter,
@@ -74,9 +75,11 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
 
 __all__ = [
     "METHODS",
+    "SABW",
     "Adapter",
     "ConPreDiff",
     "Concepts",
+    "Ensemble",
     "GatedTokens",
     "HiPA",
     "LoRA",

@@ -9,12 +9,13 @@ from fastdiff.testing import GUARD, assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (shape, dim): four elements at once and one, more channels than a warp holds, several pieces with
-# a tail, one position, planes of several parts with a tail.
+# a tail, one position, more pieces than a block has warps, planes of several parts with a tail.
 SHAPES = (
     ((2, 5, 64), -1),
     ((1, 150, 37), -1),
     ((2, 70, 260), -1),
     ((3, 40), -1),
+    ((1, 600, 8), -1),
     ((2, 6, 8, 8), 1),
     ((1, 3, 45, 49), 1),
     ((2, 2, 1100), 1),
