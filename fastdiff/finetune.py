@@ -246,10 +246,10 @@ def finetune(
     if evaluate is not None:
         found["after"] = quality.evaluate(network, **settings)
     if adapter is None:
-        facts = {k: v for k, v in card.items() if k not in ("parameters", "dtype", "training")}
-        save(
-            network, out, **{**facts, "training": {k: v for k, v in found.items() if k != "curve"}}
-        )
+        own = ("model", "config", "parameters", "dtype", "training")
+        facts = {k: v for k, v in card.items() if k not in own}
+        training = {k: v for k, v in found.items() if k != "curve"}
+        save(network, out, **facts, training=training)
         found["file_bytes"] = out.stat().st_size
         return found
     adapter.save(out)

@@ -101,6 +101,7 @@ __all__ = [
     "motion_director",
     "one_step",
     "samples",
+    "read",
     "select",
     "version",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -294,6 +294,10 @@ class SaRA(Adapter):
         return self.count
 
     # ---- in the network ----
+
+    def parts(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        """None: what is trained is in the weights. Merged, gradients are not asked for."""
+        yield from ()
 
     def attach(self) -> Adapter:
         site(self.network).claim(self, [f"{n}.weight" for n in self.places])
