@@ -14,12 +14,15 @@ from torch import nn
 from fastdiff.adapters.attention_tuning import GatedTokens, Residuals, TrainAttention
 from fastdiff.adapters.base import Adapter, attached, compare, layout, read, select, version
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
+from fastdiff.adapters.difffit import DiffFit
+from fastdiff.adapters.diffscaler import Diffscaler
 from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
 from fastdiff.adapters.lora import LoRA
 from fastdiff.adapters.motion import MotionLoRA, motion_director
 from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
 from fastdiff.adapters.sara import SaRA, SparseAdamW
+from fastdiff.adapters.scedit import CSCTuner, SCTuner
 
 _CLASSES: tuple[type[Adapter], ...] = (
     LoRA,
@@ -33,6 +36,10 @@ _CLASSES: tuple[type[Adapter], ...] = (
     Repa,
     ConPreDiff,
     SaRA,
+    DiffFit,
+    Diffscaler,
+    SCTuner,
+    CSCTuner,
 )
 METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in _CLASSES}
 
@@ -66,8 +73,11 @@ def load(network: nn.Module, path: str | Path) -> Adapter:
 __all__ = [
     "METHODS",
     "Adapter",
+    "CSCTuner",
     "ConPreDiff",
     "Concepts",
+    "DiffFit",
+    "Diffscaler",
     "GatedTokens",
     "HiPA",
     "LoRA",
@@ -75,6 +85,7 @@ __all__ = [
     "OrthogonalLoRA",
     "Repa",
     "Residuals",
+    "SCTuner",
     "SaRA",
     "SparseAdamW",
     "TrainAttention",

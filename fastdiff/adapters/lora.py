@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.adapters.base import (
-    Adapter,
-    Hook,
-    Targets,
-    first,
-    kept,
-    key_of,
-    name_of,
-    read,
-    select,
-)
+from fastdiff.adapters.base import Hook, Targets, first, key_of, name_of, read, select
+from fastdiff.adapters.chosen import Chosen
 
 # Names of other people's files: what stands before a layer's name, and after it.
 _BEFORE = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|diffusion_model\.)+")
@@ -56,7 +47,7 @@ class Pair(nn.Module):
         return self.up[slot].detach().float() @ self.down[slot].detach().float()
 
 
-class LoRA(Adapter):
+class LoRA(Chosen):
     """Low-rank adapters of linear layers and convolutions.
 
     Args:
@@ -78,7 +69,6 @@ class LoRA(Adapter):
 
     method = "lora"
     scale: Tensor
-    ids: Tensor | None
 
     def __init__(
         self,
@@ -135,50 +125,6 @@ class LoRA(Adapter):
 
     def prepare(self) -> None:
         """Once its factors are there, before it is attached."""
-
-    # ---- which sample has which ----
-
-    def choose(self, ids: Sequence[int] | Tensor | None) -> None:
-        """The adapter of every sample of the batches to come; 0 is none, a + 1 the one in slot a.
-
-        A batch of several times as many rows repeats them (branches of guidance: all conditional,
-        all unconditional). As many ids as before are copied to where they were: captured programs
-        go on. None: all samples have the one in slot 0.
-
-        Raises:
-            ValueError: an id is outside of 0 to ``slots``.
-        """
-        if ids is None:
-            self.ids = None
-            self._turns += 1
-            return
-        given = torch.as_tensor(ids)
-        whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-        fits = whole and given.dim() == 1 and len(given) > 0
-        if fits and given.device.type == "cpu":  # elsewhere looking at them would wait
-            fits = bool(((given >= 0) & (given <= self.slots)).all())
-        if not fits:
-            raise ValueError(
-                f"{self.method}: ids is {ids!r}, need whole numbers [B] of 0 to {self.slots}"
-            )
-        new = given.to(self.scale.device, torch.int64)
-        if self.ids is not None and self.ids.shape == new.shape:
-            self.ids.copy_(new)
-        else:
-            self.ids = kept(new)
-        self._turns += 1
-
-    def _ids(self, rows: int) -> Tensor | None:
-        if self.ids is None:
-            if self.slots == 1:
-                return None
-            return torch.ones(rows, dtype=torch.int64, device=self.scale.device)
-        if rows % len(self.ids):
-            raise ValueError(
-                f"{self.method}: a batch has {rows} rows, need a multiple of the {len(self.ids)} "
-                "ids that choose() got"
-            )
-        return self.ids.repeat(rows // len(self.ids))
 
     # ---- what the layers do ----
 
