@@ -4,11 +4,7 @@ A fault is (name, text that occurs once in the file, text in its place).
 """
 
 MUTANTS = [
-    (
-        "the middle is past the end",
-        "const int middle = low + (high - low) / 2;",
-        "const int middle = low + (high - low + 1) / 2;",
-    ),
+    ("the search ends early", "  while (low < high) {\n", "  while (low + 1 < high) {\n"),
     ("an entry at the column is passed over", "col[middle] < column;", "col[middle] <= column;"),
     (
         "the search goes the other way",
