@@ -13,11 +13,6 @@ MUTANTS = [
     ),
     ("rows past O", "    if (o < a.O) {\n", "    if (o <= a.O) {\n"),
     (
-        "columns past I",
-        "column + kColumns < columns ? column + kColumns : columns;",
-        "column + kColumns;",
-    ),
-    (
         "rows begin in front of the entries",
         "begin < 0 ? 0 : begin > nnz",
         "begin > nnz",
@@ -40,8 +35,8 @@ MUTANTS = [
     ),
     (
         "a block that ends past the tile",
-        "(past + block_cols - 1) / block_cols);",
-        "past / block_cols);",
+        "(column + kColumns - 1) / block_cols + 1);",
+        "(column + kColumns) / block_cols);",
     ),
     (
         "rows of blocks taken for rows",
@@ -56,13 +51,13 @@ MUTANTS = [
     ("the first warp alone finds", "w < kFinders; ++w)", "w < 1; ++w)"),
     (
         "tiles without entries go on",
-        "if (!find(a, row, column, I, a.block_rows, a.block_cols, found)) return;",
-        "find(a, row, column, I, a.block_rows, a.block_cols, found);",
+        "if (!find(a, row, column, a.block_rows, a.block_cols, found)) return;",
+        "find(a, row, column, a.block_rows, a.block_cols, found);",
     ),
     (
         "convolutions' tiles without entries go on",
-        "if (!find(a, row, column, columns, 1, 1, found)) return;",
-        "find(a, row, column, columns, 1, 1, found);",
+        "if (!find(a, row, column, 1, 1, found)) return;",
+        "find(a, row, column, 1, 1, found);",
     ),
     ("every second entry", "% 32 / 16; e < high; e += 2)", "% 32 / 16 * 2; e < high; e += 4)"),
     ("an entry past the row", "e < high; e += 2)", "e <= high; e += 2)"),
