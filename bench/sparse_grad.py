@@ -63,7 +63,7 @@ def _conv(batch: int, channels: int, side: int, density: float, last: bool) -> C
     return Case(
         f"3x3 {list(x.shape)} {100 * density:.0f} %{' channels-last' if last else ''} float32",
         lambda: sparse_conv2d_weight_grad(grad, x, index, padding=1),
-        {"masked": lambda: (dense() * mask).view(-1)[linear], "dense alone": dense},
+        {"masked": lambda: (dense() * mask).reshape(-1)[linear], "dense alone": dense},
         flops=2.0 * batch * side**2 * index.count,
         vs="masked",
     )

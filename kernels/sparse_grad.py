@@ -24,7 +24,7 @@ from torch import Tensor
 # fastdiff/gpu_cases.py spills registers on sm_80, sm_90, sm_100, sm_120 or gfx942, or has a block
 # above 64 KiB of shared memory. The first two are for 16 bits: tensor cores have no float32.
 CONFIGS = [
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=4, num_stages=2),
 ]

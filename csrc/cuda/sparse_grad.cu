@@ -35,18 +35,17 @@ __device__ __forceinline__ int first_of(const int32_t* col, int low, int high, i
 // Whether the tile from `row` and `column` on has entries. Rows that begin outside of the entries,
 // or descend, have none there.
 template <class Args>
-__device__ bool find(const Args& a, int row, int column, int columns, int block_rows,
-                     int block_cols, Found* found) {
+__device__ bool find(const Args& a, int row, int column, int block_rows, int block_cols,
+                     Found* found) {
   const int i = int(threadIdx.x), o = row + i, nnz = int(a.nnz);
   if (i < kColumns) {
     int low = 0, high = 0;
     if (o < a.O) {
-      const int past = column + kColumns < columns ? column + kColumns : columns;
       int begin = a.crow[o / block_rows], end = a.crow[o / block_rows + 1];
       begin = begin < 0 ? 0 : begin > nnz ? nnz : begin;
       end = end > nnz ? nnz : end;
       low = first_of(a.col, begin, end, column / block_cols);
-      high = first_of(a.col, low, end, (past + block_cols - 1) / block_cols);
+      high = first_of(a.col, low, end, (column + kColumns - 1) / block_cols + 1);
     }
     found->low[i] = low, found->high[i] = high;
     const bool any = __any_sync(gpu::kAll, low < high);
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Found* found = reinterpret_cast<Found*>(shared + kStages * Own::stage);
   const int tokens = int(a.T), O = int(a.O), I = int(a.I);
   const int row = int(blockIdx.x) / across * kColumns, column = int(blockIdx.x) % across * kColumns;
-  if (!find(a, row, column, I, a.block_rows, a.block_cols, found)) return;
+  if (!find(a, row, column, a.block_rows, a.block_cols, found)) return;
 
   const T *grad = static_cast<const T*>(a.grad), *x = static_cast<const T*>(a.x);
   const int own = int(threadIdx.x) % 16 * 8;
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     taps[threadIdx.x] = tap;
   }
   // The barrier in there is the taps', too.
-  if (!find(a, row, column, columns, 1, 1, found)) return;
+  if (!find(a, row, column, 1, 1, found)) return;
 
   const T *grad = static_cast<const T*>(a.grad), *x = static_cast<const T*>(a.x);
   const int tokens = int(a.B) * Ho * Wo;

@@ -4,11 +4,7 @@ A fault is (name, text that occurs once in the file, text in its place).
 """
 
 MUTANTS = [
-    (
-        "the middle is past the end",
-        "const int middle = low + (high - low) / 2;",
-        "const int middle = low + (high - low + 1) / 2;",
-    ),
+    ("the search ends early", "  while (low < high) {\n", "  while (low + 1 < high) {\n"),
     ("an entry at the column is passed over", "col[middle] < column;", "col[middle] <= column;"),
     (
         "the search goes the other way",
@@ -16,11 +12,6 @@ MUTANTS = [
         "low = below ? low : middle + 1, high = below ? middle : high;",
     ),
     ("rows past O", "    if (o < a.O) {\n", "    if (o <= a.O) {\n"),
-    (
-        "columns past I",
-        "column + kColumns < columns ? column + kColumns : columns;",
-        "column + kColumns;",
-    ),
     (
         "rows begin in front of the entries",
         "begin < 0 ? 0 : begin > nnz",
@@ -44,8 +35,8 @@ MUTANTS = [
     ),
     (
         "a block that ends past the tile",
-        "(past + block_cols - 1) / block_cols);",
-        "past / block_cols);",
+        "(column + kColumns - 1) / block_cols + 1);",
+        "(column + kColumns) / block_cols);",
     ),
     (
         "rows of blocks taken for rows",
@@ -60,13 +51,13 @@ MUTANTS = [
     ("the first warp alone finds", "w < kFinders; ++w)", "w < 1; ++w)"),
     (
         "tiles without entries go on",
-        "if (!find(a, row, column, I, a.block_rows, a.block_cols, found)) return;",
-        "find(a, row, column, I, a.block_rows, a.block_cols, found);",
+        "if (!find(a, row, column, a.block_rows, a.block_cols, found)) return;",
+        "find(a, row, column, a.block_rows, a.block_cols, found);",
     ),
     (
         "convolutions' tiles without entries go on",
-        "if (!find(a, row, column, columns, 1, 1, found)) return;",
-        "find(a, row, column, columns, 1, 1, found);",
+        "if (!find(a, row, column, 1, 1, found)) return;",
+        "find(a, row, column, 1, 1, found);",
     ),
     ("every second entry", "% 32 / 16; e < high; e += 2)", "% 32 / 16 * 2; e < high; e += 4)"),
     ("an entry past the row", "e < high; e += 2)", "e <= high; e += 2)"),

@@ -373,6 +373,29 @@ def test_opcheck():
     torch.library.opcheck(op, (grad, x, index.crow, index.col, *ends))
 
 
+@pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built here")
+@pytest.mark.parametrize(
+    ("crow", "col", "message"),
+    [
+        ([0, 2, 9, 4], [0, 3, 1, 4], "crow has value 9 at 2, need ascending values from 0 to 4"),
+        ([0, 3, 2, 4], [0, 3, 1, 4], "crow has value 2 at 2, need ascending values from 0 to 4"),
+        ([1, 2, 3, 4], [0, 3, 1, 4], "crow has value 1 at 0, need ascending values from 0 to 4"),
+        ([0, 1, 2, 3], [0, 3, 1, 4], "crow has value 3 at 3, need ascending values from 0 to 4"),
+        ([0, 2, 3, 4], [0, 5, 1, 4], "col has value 5, need 0 to 4"),
+        ([0, 2, 3, 4], [0, -1, 1, 4], "col has value -1, need 0 to 4"),
+    ],
+)
+def test_the_native_entries_refuse_what_lies_outside(crow, col, message):
+    grad, x = make(6, 3, 5)
+    crow, col = torch.tensor(crow).int(), torch.tensor(col).int()
+    with pytest.raises(ValueError, match=f"sparse_weight_grad: {message}"):
+        torch.ops.fastdiff.sparse_weight_grad(grad, x, crow, col, 1, 1)
+    pictures = grad[:, :, None, None], x[:, :, None, None]
+    ends = [1, 1], [1, 1], [0, 0], [1, 1]
+    with pytest.raises(ValueError, match=f"sparse_conv2d_weight_grad: {message}"):
+        torch.ops.fastdiff.sparse_conv2d_weight_grad(*pictures, crow, col, *ends)
+
+
 G, X = torch.ones(6, 4), torch.ones(6, 5)
 INDEX = SparseIndex.of_mask(torch.ones(4, 5, dtype=torch.bool))
 
