@@ -28,10 +28,11 @@ static FD_INLINE void softmax(int64_t K, Vec* w, Load load) {
   for (int64_t k = 0; k < K; ++k) w[k] = w[k] * share;
 }
 
-// Weights of positions p to p + count - 1 of sample b, float32 [K, kTile].
-constexpr int64_t kTile = 128;
+// Positions of a task: of planes many, as each has its own pages of memory.
+constexpr int64_t kTile = 512, kRowsTile = 64;
 constexpr int64_t kWeights = kTile + Vec::width;  // of a model: a tail is stored as a whole vector
 
+// Weights of positions p to p + count - 1 of sample b, float32 [K, kWeights].
 template <class L>
 static void weigh(const Models& logits, int64_t K, int64_t b, int64_t p, int64_t count,
                   float* weights) {
@@ -112,7 +113,7 @@ static void planes_forward(const AggregateFeaturesArgs& a, int64_t b, int64_t fr
   }
 }
 
-// d_k [K, kTile] to the gradients of the logits.
+// d_k [K, kWeights] to the gradients of the logits.
 template <class L>
 static void finish(const AggregateFeaturesBackwardArgs& a, int64_t b, int64_t from, int64_t count,
                    const float* weights, const float* d) {
@@ -153,12 +154,12 @@ template <class T, class L>
 static void planes_backward(const AggregateFeaturesBackwardArgs& a, int64_t b, int64_t from,
                             int64_t count, float* weights, float* d) {
   weigh<L>(a.logits, a.K, b, from, count, weights);
-  for (int64_t k = 0; k < a.K; ++k) {
-    const T* x = sample_of<T>(a.x, k, b) + from;
-    const T* grad = static_cast<const T*>(a.grad) + b * a.C * a.P + from;
-    T* grad_x = static_cast<T*>(a.grad_x) + (k * a.B + b) * a.C * a.P + from;
-    for (int64_t first = 0; first < a.C; first += 16) {
-      const int64_t end = first + 16 < a.C ? first + 16 : a.C;
+  const T* grad = static_cast<const T*>(a.grad) + b * a.C * a.P + from;
+  for (int64_t first = 0; first < a.C; first += 16) {  // whose gradients stay in cache for all k
+    const int64_t end = first + 16 < a.C ? first + 16 : a.C;
+    for (int64_t k = 0; k < a.K; ++k) {
+      const T* x = sample_of<T>(a.x, k, b) + from;
+      T* grad_x = static_cast<T*>(a.grad_x) + (k * a.B + b) * a.C * a.P + from;
       each(count, [&](int64_t p, auto part) {
         const Vec w = part.load(weights + k * kWeights + p);
         Vec sum(0.0f);
@@ -179,7 +180,8 @@ static void planes_backward(const AggregateFeaturesBackwardArgs& a, int64_t b, i
 template <class Args, class F>
 static void tiles(const Args& a, F body) {
   const bool each = a.maps == Maps::kEach;
-  const int64_t size = each ? a.C * a.P : a.P, tile = each ? 4096 : kTile;
+  const int64_t size = each ? a.C * a.P : a.P;
+  const int64_t tile = each ? 4096 : a.maps == Maps::kRows ? kRowsTile : kTile;
   const int64_t count = (size + tile - 1) / tile;
   const int64_t work = tile * a.K * (each ? 4 : a.C);
   parallel_for(0, a.B * count, 1 + 32768 / work, [&](int64_t begin, int64_t end) {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.adapters.base import Adapter, site
+from fastdiff.adapters.base import Adapter, attached, site
 from fastdiff.models import DiT, UNet
 from fastdiff.models._embed import timestep_embedding
 from fastdiff.models.dit import EPS
@@ -223,9 +223,12 @@ class _Skeleton:
 
     def __init__(self, models: Sequence[nn.Module], blocks: Sequence[str]) -> None:
         lead, self.count = models[0], len(models)
-        kept = [*lead.parameters(), *lead.buffers(), lead.__dict__.get("_fastdiff_adapters")]
+        kept = [*lead.parameters(), *lead.buffers(), *attached(lead)]
+        kept.append(lead.__dict__.get("_fastdiff_adapters"))
         self.network = copy.deepcopy(lead, {id(t): t for t in kept if t is not None})
         self.network.__dict__.pop("_fastdiff_adapters", None)
+        for m in self.network.modules():  # those of the networks' own layers are heard
+            m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
         layers = [dict(_leaves(m)) for m in models]
         for name, leaf in list(_leaves(self.network)):
             if isinstance(leaf, nn.modules.batchnorm._BatchNorm) or list(leaf.children()):
@@ -233,7 +236,6 @@ class _Skeleton:
                     f"afa: {name or 'the network'} is {type(leaf).__name__}, need weights in "
                     "layers of their own that treat rows of a batch alike"
                 )
-            leaf._forward_hooks, leaf._forward_pre_hooks = OrderedDict(), OrderedDict()
             leaf.__dict__["forward"] = self._side_by_side([own[name] for own in layers])
         self.join: Join | None = None
         for name in blocks:
@@ -313,8 +315,8 @@ class Ensemble(Adapter):
         models: the networks: :class:`fastdiff.models.UNet` or ``DiT`` (or their twins in plain
             torch, which then compute as these do), or those of diffusers and others whose blocks
             and layers are called as modules (``UNet2DConditionModel``, ``UNet2DModel``,
-            ``DiTTransformer2DModel``). They are referred to, not copied; adapters of their layers
-            act.
+            ``DiTTransformer2DModel``). They are referred to, not copied. Their adapters act: in
+            ours those that are merged, in others those of single layers too.
         aggregator: ``aggregator(place, features [K, B, C, ...], condition) -> logits [K, B, 1|C,
             ...]``, a module, with ``aggregator.condition(t [B], context [B, L, Dc] or None)``; None
             makes a :class:`SABW`.
@@ -396,14 +398,32 @@ class Ensemble(Adapter):
                 m.__dict__.pop("_fastdiff_adapters", None)
         return out
 
+    def _check_adapters(self) -> None:
+        for k, m in enumerate(self._models):
+            for other in attached(m):
+                if other is self or other.merged:
+                    continue
+                heard = [module for module, _ in (*other.hooks(), *other.before())]
+                if heard and self._run is not None:
+                    raise ValueError(
+                        f"afa: models[{k}] has adapter {other.method} at run time, need it merged"
+                    )
+                if not all(map(_leaf, heard)):
+                    raise ValueError(
+                        f"afa: models[{k}] has adapter {other.method}, which listens to more than "
+                        "single layers, need it merged or detached"
+                    )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What one network takes; what it gives.
 
         Raises:
-            ValueError: no argument is the time (``t`` or ``timestep``).
+            ValueError: no argument is the time (``t`` or ``timestep``), or an adapter of a network
+                would not act.
         """
         if len(self._models) == 1:
             return self._models[0](*args, **kwargs)
+        self._check_adapters()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         x = given[self._names[0]]
         t, context = (_first(given, names) for names in (TIMES, CONTEXTS))
@@ -425,6 +445,11 @@ class Ensemble(Adapter):
             return self._run(self._models, join, given)
         assert self._skeleton is not None
         return self._skeleton(join, x.shape[0], given)
+
+
+def _leaf(module: nn.Module) -> bool:
+    own = next(module.parameters(recurse=False), None)
+    return own is not None and next(module.children(), None) is None
 
 
 def _stack(features: list[Tensor]) -> tuple[Tensor, bool]:

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff import models
+from fastdiff.adapters import LoRA
 from fastdiff.adapters.afa import SABW, Ensemble, places
 from fastdiff.models.baseline import plain
 from fastdiff.testing import draw_weights
@@ -338,6 +339,32 @@ def test_adapters_of_the_networks_act_and_the_networks_stay():
         net.transformer_blocks[1].ff.net[2]._forward_hooks.clear()
     for net, want in zip(nets, wants, strict=True):
         assert torch.equal(tensor(net(**given)), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", (True, False))
+def test_low_rank_adapters_of_the_networks(before):
+    """Each network's own, on layers of diffusers; in ours a merged one, else it is refused."""
+    for make in (diffusers_dit, plain_dit):
+        nets, given = several(make, 2)
+        ensemble = None if before else Ensemble(nets, Fixed(-torch.inf, 0.0))
+        bare = tensor(nets[1](**given))
+        loras = [LoRA(net, 2, targets=r"ff\.net|mlp") for net in nets]
+        for lora in loras:
+            for p in lora.parameters():
+                p.copy_(0.5 * torch.randn_like(p))
+        want = tensor(nets[1](**given))
+        assert not torch.allclose(want, bare, atol=1e-3)
+        ensemble = ensemble or Ensemble(nets, Fixed(-torch.inf, 0.0))
+        if make is plain_dit:
+            with pytest.raises(ValueError, match=r"models\[0\] has adapter lora at run time, need"):
+                ensemble(**given)
+            for lora in loras:
+                lora.merge()
+        close(ensemble(**given), (want,))
+        for lora in loras:
+            lora.detach()
+        close(ensemble(**given), (bare,))
 
 
 @torch.no_grad()
