@@ -63,6 +63,10 @@ def good(op):
             x=x, shift=torch.randn(2, 8), scale=torch.randn(2, 8), weight=ones(8), bias=ones(8)
         ),
         "linear": dict(x=x, weight=ones(4, 8), bias=ones(4)),
+        "lora_add": dict(
+            y=ones(2, 3, 4), x=x, down=ones(3, 5, 8), up=ones(3, 4, 5), scale=ones(3),
+            index=index(2),
+        ),
         "moe_combine": dict(y=x[0], weights=ones(2, 2), position=index(2, 2)),
         "moe_route": dict(logits=ones(6, 4), k=2, sample_logits=ones(3, 4)),
         "philox_normal": dict(shape=(2, 7), seed=index(2), slot=index(2), step=index(2)),
@@ -161,6 +165,7 @@ def test_spoilt_tensor(op, how):
 
 X, Q = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8)
 GROUPS = GroupBias(index(2, 5), index(2, 5), torch.zeros(1, 1, 2, 2))
+LORA = good("lora_add")
 CASES = [
     ("attention", dict(q=Q, k=Q, v=Q, scale=nan), "scale is nan, need a finite number"),
     ("attention", dict(q=Q, k=Q, v=Q, scale="big"), "scale is 'big', need a finite number"),
@@ -221,6 +226,11 @@ CASES = [
      r"grad has shape \[1, 8\], need \[3, 8\]"),
     ("geglu", dict(x=X[..., :7]), r"x has shape \[2, 3, 7\], need an even last dimension"),
     ("geglu", dict(x=X, approximate="erf"), "approximate is 'erf', need 'none' or 'tanh'"),
+    ("lora_add", dict(LORA, index=None), r"down has shape .* with 1 adapter and a rank"),
+    ("lora_add", dict(LORA, x=X[:, :2]), r"x has shape \[2, 2, 8\], need \[2, 3, 8\]"),
+    ("lora_add", dict(LORA, down=ones(3, 257, 8)), r"need \[adapters, rank, 8\] .* at most 256"),
+    ("lora_add", dict(LORA, scale=ones(3).double()), "scale is torch.float64, need torch.float32"),
+    ("lora_add", dict(LORA, index=index(2) + 4), "index has value 4, need 0 to 3"),
     ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
     ("linear", dict(x=X, weight=ones(4, 8), activation="relu"), "activation is 'relu', need"),
     ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4)), "need both"),
@@ -274,6 +284,8 @@ CALLS = dict(
     aggregate_features=dict(x=one(3, 2, 4, 5), logits=one(3, 2, 1, 5)),
     aggregate_features_backward=dict(grad=one(2, 4, 5), x=one(3, 2, 4, 5),
                                      logits=one(3, 2, 1, 5)),
+    lora_add=dict(y=one(2, 3, 4), x=x, down=one(3, 5, 8), up=one(3, 4, 5), scale=one(3),
+                  index=torch.zeros(2, dtype=long)),
     attention=dict(q=q, k=q, v=q, scale=1.0, bias=torch.zeros(2, 2, 5, 5),
                    key_lengths=torch.full((2,), 3), q_index=torch.zeros(2, 4, dtype=long)),
     layer_norm_modulate=dict(x=x, shift=x[:, 0], scale=x[:, 0], weight=one(8), bias=one(8)),

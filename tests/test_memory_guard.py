@@ -113,6 +113,10 @@ def calls(dtype):
             for weight in (w, turned):
                 yield "grouped_linear", (x, weight, routing.offsets), dict(more, activation=act)
         yield "grouped_weight_grad", (r(slots, n), x, routing.offsets), dict(index=index)
+        for rank, ids in ((e, i(3, t)), (17, None)):
+            count = 1 if ids is None else 2
+            factors = r(count, rank, k), r(count, n, rank), torch.rand(count), ids
+            yield "lora_add", (r(t, 3, n), r(t, 3, k), *factors), {}
         for block in ((1, 1), (2, 1)):
             some = ops.SparseIndex.of_blocks(torch.rand(n // block[0], k) < 0.3, block)
             yield "sparse_weight_grad", (r(t, n), r(t, k), some), {}

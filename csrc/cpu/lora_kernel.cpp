@@ -13,6 +13,8 @@ FASTDIFF_KERNEL_BEGIN
 
 namespace {
 
+constexpr int64_t kBlock = 128;  // of k: sums of sums, whose roundings add up to less
+
 // c [M][V W] (+)= x panel over `deep` lanes; x: rows kStride apart.
 template <class Kind, int M, int V>
 void project(const float* x, const float* panel, int64_t deep, float* c, int64_t pitch, bool add) {
@@ -20,7 +22,7 @@ void project(const float* x, const float* panel, int64_t deep, float* c, int64_t
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[i][v] = add ? Vec::load(c + i * pitch + v * W) : Vec(0.0f);
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec(0.0f);
   for (int64_t k = 0; k < deep; ++k, panel += kWide) {
     Vec w[V];
 #pragma GCC unroll 2
@@ -33,7 +35,10 @@ void project(const float* x, const float* panel, int64_t deep, float* c, int64_t
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[i][v].store(c + i * pitch + v * W);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + i * pitch + v * W;
+      (add ? Vec::load(to) + sum[i][v] : sum[i][v]).store(to);
+    }
 }
 
 // out = y + low panel, of `count` rows and `columns` of the panel's.
@@ -180,12 +185,17 @@ void run(const LoraAddArgs& a) {
         for (int64_t v = 0; v < panels.vectors; v += 2) {
           const float* panel = panels.down(at) + (v / 2 * panels.deep + k) * kWide;
           float* to = c.data + v * W;
-          for_rows(count, [&](auto rows) {
-            if (v + 1 < panels.vectors)
-              project<Kind, rows(), 2>(x.data, panel, part, to, pitch, k > 0);
-            else
-              project<Kind, rows(), 1>(x.data, panel, part, to, pitch, k > 0);
-          });
+          for (int64_t first = 0; first == 0 || first < part; first += kBlock) {
+            const int64_t some = part - first < kBlock ? part - first : kBlock;
+            const float* block = panel + first * kWide;
+            const bool add = k + first > 0;
+            for_rows(count, [&](auto rows) {
+              if (v + 1 < panels.vectors)
+                project<Kind, rows(), 2>(x.data + first, block, some, to, pitch, add);
+              else
+                project<Kind, rows(), 1>(x.data + first, block, some, to, pitch, add);
+            });
+          }
         }
       }
       if (low)

@@ -71,7 +71,7 @@ def lora_add_ref(
     base = _rows(y)
     out = (wide(base) + gain * (low @ wide(up)[at].mT)).to(y.dtype)
     neutral = (gain == 0) | (down.shape[1] == 0)
-    out = torch.where(neutral, base, out).view(y.shape)
+    out = torch.where(neutral, base, out).contiguous().view(y.shape)
     return out, _kept(low.to(x.dtype), y) if keep else x.new_empty(0)
 
 
@@ -91,13 +91,13 @@ def _torch_row(
     base, rows, rank = _rows(y), _rows(x), down.shape[1]
     if index is None:
         low = rows @ down[0].t()
-        some = (gain * low).to(x.dtype).view(-1, rank)
-        out = torch.addmm(base.reshape(-1, y.shape[-1]), some, up[0].t()).view(base.shape)
+        some = (gain * low).to(x.dtype).flatten(0, 1)
+        out = torch.addmm(base.flatten(0, 1), some, up[0].t()).view(base.shape)
     else:
         low = torch.bmm(rows, torch.where(on[:, None, None], down[at], 0.0).mT)
         out = torch.baddbmm(base, (gain * low).to(x.dtype), up[at].mT)
     neutral = (gain == 0) | (rank == 0)
-    out = torch.where(neutral, base, out).view(y.shape)
+    out = torch.where(neutral, base, out).contiguous().view(y.shape)
     return out, _kept(low, y) if keep else x.new_empty(0)
 
 
