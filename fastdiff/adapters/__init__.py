@@ -24,12 +24,15 @@ from fastdiff.adapters.base import (
     version,
 )
 from fastdiff.adapters.conprediff import ConPreDiff, context_loss
+from fastdiff.adapters.difffit import DiffFit
+from fastdiff.adapters.diffscaler import Diffscaler
 from fastdiff.adapters.hipa import HiPA, high_frequency_loss, one_step
 from fastdiff.adapters.lora import LoRA
 from fastdiff.adapters.motion import MotionLoRA, motion_director
 from fastdiff.adapters.orthogonal import Concepts, OrthogonalLoRA, crosstalk, merge_concepts
 from fastdiff.adapters.repa import Repa, alignment_loss
 from fastdiff.adapters.sara import SaRA, SparseAdamW
+from fastdiff.adapters.scedit import CSCTuner, SCTuner
 
 _CLASSES: tuple[type[Adapter], ...] = (
     LoRA,
@@ -43,6 +46,10 @@ _CLASSES: tuple[type[Adapter], ...] = (
     Repa,
     ConPreDiff,
     SaRA,
+    DiffFit,
+    Diffscaler,
+    SCTuner,
+    CSCTuner,
 )
 METHODS: dict[str, type[Adapter]] = {cls.method: cls for cls in _CLASSES}
 
@@ -77,8 +84,11 @@ __all__ = [
     "METHODS",
     "SABW",
     "Adapter",
+    "CSCTuner",
     "ConPreDiff",
     "Concepts",
+    "DiffFit",
+    "Diffscaler",
     "Ensemble",
     "GatedTokens",
     "HiPA",
@@ -87,6 +97,7 @@ __all__ = [
     "OrthogonalLoRA",
     "Repa",
     "Residuals",
+    "SCTuner",
     "SaRA",
     "SparseAdamW",
     "TrainAttention",

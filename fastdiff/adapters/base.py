@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any]
-Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 Targets = str | Sequence[str] | None
 FORMAT = "fastdiff.adapter"
 _KEY = "_fastdiff_adapters"  # where a network keeps its Site
@@ -250,7 +250,8 @@ class Adapter(nn.Module):
         yield from ()
 
     def before(self) -> Iterator[tuple[nn.Module, Before]]:
-        """``hook(module, args, kwargs)``, which sees what a module is called with."""
+        """``hook(module, args, kwargs)``, which sees what a module is called with, and gives None
+        or the ``(args, kwargs)`` to go on with."""
         yield from ()
 
     def parts(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -260,11 +261,28 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the method cannot be merged; says why.
         """
-        if any(True for _ in self.hooks()):
+        if any(True for _ in (*self.hooks(), *self.before())):
             raise ValueError(
                 f"{self.method}: what it adds is no change of weights, nothing to merge"
             )
         yield from ()
+
+    def comes_first(self, places: Iterable[nn.Module]) -> None:
+        """Before a merge that multiplies the weights of ``places``.
+
+        Raises:
+            ValueError: an adapter that was attached before adds to one of them at run time, where
+                what it adds is multiplied too.
+        """
+        mine = set(places)
+        for other in attached(self.network):
+            if other is self:
+                return
+            if not other.merged and any(m in mine for m, _ in other.hooks()):
+                raise ValueError(
+                    f"{self.method}: it scales what {other.method}, attached before, adds to the "
+                    "same layers, need that merged before merge()"
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         """What its file holds."""
@@ -315,7 +333,7 @@ class Adapter(nn.Module):
         """One line for a summary."""
         if not self.on:
             return f"adapter {self.method}: not attached"
-        layers = len({module for module, _ in self.hooks()})
+        layers = len({module for module, _ in (*self.hooks(), *self.before())})
         where = "merged into the weights" if self.merged else f"at run time on {layers} layers"
         return f"adapter {self.method}: {where}"
 
@@ -325,8 +343,11 @@ class Adapter(nn.Module):
         return own + [self.network.get_parameter(n) for n in self.trains]
 
     def value(self, name: str) -> Tensor:
-        """The trained value of a parameter of the network, attached or not."""
-        return self.network.get_parameter(name).detach() if self.on else self._values[name]
+        """The trained value of a parameter of the network, attached or not, merged or not."""
+        if not self.on:
+            return self._values[name]
+        base = site(self.network).base.get(name)
+        return self.network.get_parameter(name).detach() if base is None else base
 
     def attach(self) -> Adapter:
         """Listen to the network; values that are trained in the network come back.
@@ -372,22 +393,22 @@ class Adapter(nn.Module):
         """Set the hooks, in the place of those that are set."""
         for handle in self._handles:
             handle.remove()
-        self._handles = [
-            module.register_forward_pre_hook(seen, with_kwargs=True)
-            for module, seen in self.before()
-        ]
-        self._listening = 0
+        self._handles, self._listening = [], 0
+        for module, seen in self.before():
+            quiet = self._quiet(seen)
+            self._handles.append(module.register_forward_pre_hook(quiet, with_kwargs=True))
+            self._listening += 1
         for module, hook in self.hooks():
             self._handles.append(module.register_forward_hook(self._quiet(hook), with_kwargs=True))
             self._listening += 1
         if self._listening:
             self._handles.append(self.network.register_forward_hook(self._listen))
 
-    def _quiet(self, hook: Hook) -> Hook:
-        def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: Any, *about: Any) -> Any:
             if not self._heard:
                 self._heard = True
-            return None if self.merged else hook(module, args, kwargs, out)
+            return None if self.merged else hook(module, *about)
 
         call.adapter = self  # type: ignore[attr-defined]  # whom a reader of weights may ask
         return call

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.adapters.base import (
-    Adapter,
-    Hook,
-    Targets,
-    first,
-    kept,
-    key_of,
-    name_of,
-    read,
-    rows_in_work,
-    select,
-)
+from fastdiff.adapters.base import Hook, Targets, first, key_of, name_of, read, select
+from fastdiff.adapters.chosen import Chosen
 
 # Names of other people's files: what stands before a layer's name, and after it.
 _BEFORE = re.compile(r"^(base_model\.model\.|unet\.|transformer\.|diffusion_model\.)+")
@@ -58,7 +48,7 @@ class Pair(nn.Module):
         return self.up[slot].detach().float() @ self.down[slot].detach().float()
 
 
-class LoRA(Adapter):
+class LoRA(Chosen):
     """Low-rank adapters of linear layers and convolutions.
 
     Args:
@@ -80,7 +70,6 @@ class LoRA(Adapter):
 
     method = "lora"
     scale: Tensor
-    ids: Tensor | None
 
     def __init__(
         self,
@@ -123,7 +112,6 @@ class LoRA(Adapter):
         start = 1.0 if alpha is None else alpha / max(rank, 1)
         self.register_buffer("scale", torch.full((slots,), start, device=weight.device))
         self.register_buffer("ids", None, persistent=False)
-        self._chosen: tuple[int, ...] | None = None
         self._written = 0  # version of ids as choose() left them
         self.slot = 0
         self.prepare()
@@ -139,72 +127,6 @@ class LoRA(Adapter):
 
     def prepare(self) -> None:
         """Once its factors are there, before it is attached."""
-
-    # ---- which sample has which ----
-
-    def choose(self, ids: Sequence[int] | Tensor | None) -> None:
-        """The adapter of every sample of the batches to come; 0 is none, a + 1 the one in slot a.
-
-        A batch of several times as many rows repeats them (branches of guidance: all conditional,
-        all unconditional). As many ids as before are copied to where they were: captured programs
-        go on. None: all samples have the one in slot 0.
-
-        Raises:
-            ValueError: an id is outside of 0 to ``slots``.
-        """
-        if ids is None:
-            self.ids = self._chosen = None
-            return
-        given = torch.as_tensor(ids)
-        whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-        fits = whole and given.dim() == 1 and len(given) > 0
-        on_host = given.device.type == "cpu"  # elsewhere looking at them would wait
-        if fits and on_host:
-            fits = bool(((given >= 0) & (given <= self.slots)).all())
-        if not fits:
-            raise ValueError(
-                f"{self.method}: ids is {ids!r}, need whole numbers [B] of 0 to {self.slots}"
-            )
-        new = given.to(self.scale.device, torch.int64)
-        if self.ids is not None and self.ids.shape == new.shape:
-            self.ids.copy_(new)
-        else:
-            self.ids = kept(new)
-        self._chosen = tuple(given.tolist()) if on_host else None
-        self._written = self.ids._version
-        self._turns += not on_host
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """As :attr:`Adapter.version`; ids count by their values, so that two runs may take turns,
-        each choosing its own before every step."""
-        number, turns, writes = super().version
-        if self.ids is None:
-            return number, turns, writes, None
-        own = self.ids._version
-        return number, turns, writes - own, (self._chosen, own - self._written)
-
-    def _ids(self, rows: int) -> Tensor | None:
-        if self.ids is None:
-            if self.slots == 1:
-                return None
-            return torch.ones(rows, dtype=torch.int64, device=self.scale.device)
-        some = rows_in_work()
-        batch = some[0][1] if some else rows
-        if batch % len(self.ids):
-            raise ValueError(
-                f"{self.method}: a batch has {batch} rows, need a multiple of the {len(self.ids)} "
-                "ids that choose() got"
-            )
-        ids = self.ids.repeat(batch // len(self.ids))
-        for chosen, _ in some:
-            ids = ids[chosen]
-        if len(ids) != rows:
-            raise ValueError(
-                f"{self.method}: a layer has {rows} rows where a cache computes {len(ids)} samples "
-                f"of {batch}, need choose(None) or another cache"
-            )
-        return ids
 
     # ---- what the layers do ----
 
