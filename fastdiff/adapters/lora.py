@@ -112,7 +112,6 @@ class LoRA(Chosen):
         start = 1.0 if alpha is None else alpha / max(rank, 1)
         self.register_buffer("scale", torch.full((slots,), start, device=weight.device))
         self.register_buffer("ids", None, persistent=False)
-        self._written = 0  # version of ids as choose() left them
         self.slot = 0
         self.prepare()
         self.attach()
