@@ -122,9 +122,9 @@ def _native_why_not(
     index: Tensor | None,
     keep: bool,
 ) -> str | None:
+    if y.is_cuda and y.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {y.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
     why = why_not_native(y, x, down, up, scale, gpu="lora_add")
-    if why is None and y.is_cuda and y.dtype not in (torch.bfloat16, torch.float16):
-        why = f"dtype {y.dtype} is none of the tensor cores': torch.bfloat16, torch.float16"
     return why or refuse_grad(y, x, down, up, scale)
 
 
