@@ -166,7 +166,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from _small_experts(dtype)
     yield from _experts(dtype)
     yield from _sparse(dtype)
-    yield from _trained(dtype)
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:
@@ -396,6 +395,7 @@ def _sparse(dtype: torch.dtype) -> Iterator[Case]:
             padding=1,
         ),
     )
+    yield from _trained(dtype)
 
 
 def _trained(dtype: torch.dtype) -> Iterator[Case]:

@@ -106,6 +106,10 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(2, 6, 64, 64),
     ),
 }
+# Of ops that have keyword arguments without a default.
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "sparse_adamw_": dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1)
+}
 
 
 def processor() -> str:
@@ -137,7 +141,7 @@ def why(op: str, dtype: torch.dtype, device: str) -> dict[str, str | None]:
 
     with FakeTensorMode():
         args = CALLS[op](lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device))
-        return fastdiff.explain(getattr(ops, op), *args)
+        return fastdiff.explain(getattr(ops, op), *args, **KEYWORDS.get(op, {}))
 
 
 def collect() -> dict[str, Any]:

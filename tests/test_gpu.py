@@ -48,7 +48,8 @@ def arguments(op, of):
                 wide[id(t)] = t.double()
             return t
         t = torch.randn(shape).to(of)
-        wide[id(t)] = t.double()
+        if op != "sparse_adamw_":  # whose weight takes what float32 gives
+            wide[id(t)] = t.double()
         return t
 
     args = info.CALLS[op](new)
@@ -57,6 +58,12 @@ def arguments(op, of):
 
 def moved(values, to):
     return tuple(v.to(to) if hasattr(v, "to") else v for v in values)
+
+
+def called(op, args):
+    """The outputs of a call on copies of its tensors: some are written to."""
+    own = (a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    return tensors(getattr(ops, op)(*own, **info.KEYWORDS.get(op, {})))
 
 
 def tensors(out):
@@ -73,14 +80,15 @@ def test_every_row_that_takes_a_call_is_right(op, device, dtype):
     args, wide = arguments(op, dtype)
     there = moved(args, device)
     with fastdiff.use("ref"):
-        wanted = tensors(getattr(ops, op)(*wide))
-    rows = [name for name, no in fastdiff.explain(getattr(ops, op), *there).items() if no is None]
+        wanted = called(op, wide)
+    why = fastdiff.explain(getattr(ops, op), *there, **info.KEYWORDS.get(op, {}))
+    rows = [name for name, no in why.items() if no is None]
     assert rows and rows[-1] == "ref"
     with fastdiff.use("ref"):
-        eager = tensors(getattr(ops, op)(*there))
+        eager = called(op, there)
     for row in rows:
         with fastdiff.use(row):
-            out = tensors(getattr(ops, op)(*there))
+            out = called(op, there)
         assert len(out) == len(wanted)
         for got, want, plain in zip(out, wanted, eager, strict=True):
             assert got.device.type == device
