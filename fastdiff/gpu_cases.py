@@ -160,12 +160,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
-    yield from _adapters(dtype)
-    yield from _low_rank(dtype)
-    yield from _aggregations(dtype)
-    yield from _small_experts(dtype)
-    yield from _experts(dtype)
-    yield from _sparse(dtype)
+    for some in (_adapters, _low_rank, _aggregations, _small_experts, _experts, _sparse):
+        yield from some(dtype)
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:

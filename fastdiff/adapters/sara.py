@@ -206,11 +206,11 @@ class SaRA(Adapter):
     def _layers(
         network: nn.Module, targets: Targets, index: dict[str, SparseIndex] | None
     ) -> dict[str, Any]:
-        every = select("sara", network, targets, KINDS)
-        good: dict[str, Any] = {
+        every: dict[str, Any] = dict(select("sara", network, targets, KINDS))
+        good = {
             n: m
             for n, m in every.items()
-            if isinstance(m, nn.Linear) or (m.groups == 1 and m.padding_mode == "zeros")  # type: ignore[union-attr]
+            if isinstance(m, nn.Linear) or (m.groups == 1 and m.padding_mode == "zeros")
         }
         if index is None:
             return good
