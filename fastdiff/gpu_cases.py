@@ -161,7 +161,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         ),
     )
     yield from _adapters(dtype)
-    yield from _low_rank(dtype)
     yield from _aggregations(dtype)
     yield from _small_experts(dtype)
     yield from _experts(dtype)
@@ -195,6 +194,7 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
         "SD 1.5 2x320x64x64, 8 tasks",
         lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks()),
     )
+    yield from _low_rank(dtype)
 
 
 def _low_rank(dtype: torch.dtype) -> Iterator[Case]:
