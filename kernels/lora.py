@@ -63,11 +63,11 @@ def _lora_add_kernel(
     live = t < tokens
     first = tl.program_id(1) * share
     past = tl.minimum(first + share, columns)
-    a = b * 0
+    chosen = b * 0 + 1
     if HAS_INDEX:
-        a = tl.load(index_ptr + b) - 1
-    known = (a >= 0) & (a < adapters)
-    a = tl.where(known, a, 0)
+        chosen = tl.load(index_ptr + b)
+    known = (chosen > 0) & (chosen <= adapters)
+    a = tl.where(known, chosen - 1, 0)
     scale = tl.where(known, tl.load(scale_ptr + a), 0.0)
 
     row = t.to(tl.int64)
