@@ -49,6 +49,9 @@ def matrix_flops(case: gpu_cases.Case) -> float:
     if case.op == "grouped_weight_grad":
         (grad, x, _), _ = case.make()
         return 2.0 * grad.numel() * x.shape[1]
+    if case.op == "lora_add":
+        (y, x, down, *_), _ = case.make()
+        return 2.0 * down.shape[1] * (y.numel() + x.numel())
     if case.op == "sparse_weight_grad":  # the dense product's, which its kernels form
         (grad, x, _), _ = case.make()
         return 2.0 * grad.numel() * x.shape[1]

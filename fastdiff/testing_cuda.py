@@ -32,7 +32,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 ARCH = {"sm_90": "sm_90a", "sm_100": "sm_100a", "sm_120": "sm_120a"}
 # Dtypes of ops whose CUDA kernel does not take them all: tensor cores have no float32.
 _TENSOR = (torch.bfloat16, torch.float16)
-_PRODUCTS = ("attention", "grouped_linear", "grouped_weight_grad", "sparse_weight_grad",
+_PRODUCTS = ("attention", "grouped_linear", "grouped_weight_grad", "lora_add", "sparse_weight_grad",
              "sparse_conv2d_weight_grad")  # fmt: skip
 DTYPES = {op: _TENSOR for op in _PRODUCTS}
 ENTRY = r'extern "C" int fastdiff_gpu_(\w+)\('

@@ -30,6 +30,7 @@ def test_operations(roofline):
     assert roofline.matrix_flops(case("grouped_weight_grad", "DiT-MoE-B/2")) == (
         2 * 1024 * 768 * 3072
     )
+    assert roofline.matrix_flops(case("lora_add", "SD 1.5")) == 2 * 8 * 4096 * 4 * (320 + 320)
     assert roofline.matrix_flops(case("sparse_weight_grad", "DiT-XL/2")) == 2 * 512 * 1152**2
     assert roofline.matrix_flops(case("sparse_conv2d_weight_grad", "SD 1.5 2x320")) == (
         2 * 2 * 4096 * 320 * 320 * 9

@@ -29,6 +29,7 @@ TENSOR = {
 GROUPED = {
     "grouped_linear_kernel",
     "grouped_weight_grad_kernel",
+    "lora_add_kernel",
     "sparse_weight_grad_kernel",
     "sparse_conv2d_weight_grad_kernel",
 }

@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(kThreads)
   const int from = int(blockIdx.y) * share, to = N - from < share ? N : from + share;
   const T* y = static_cast<const T*>(a.y) + b * a.y_b + t * a.y_t;
   T* out = static_cast<T*>(a.out) + (b * a.T + t) * a.N;
-  const int64_t adapter = a.index ? a.index[b] - 1 : 0;
-  const bool known = adapter >= 0 && adapter < a.A;
+  const int64_t chosen = a.index ? a.index[b] : 1;
+  const bool known = chosen > 0 && chosen <= a.A;
+  const int64_t adapter = known ? chosen - 1 : 0;
   const float scale = known ? a.scale[adapter] : 0.0f;
   T* kept = a.low && blockIdx.y == 0 ? static_cast<T*>(a.low) + (b * a.T + t) * a.rank : nullptr;
   const bool neutral = scale == 0.0f || rank == 0;

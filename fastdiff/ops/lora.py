@@ -238,7 +238,8 @@ class _LoraAdd(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("lora_add: there is no second derivative")
         x, low, down, up, scale, index = ctx.saved_tensors
-        low = None if low is None else _rows(low)
+        if low is not None:
+            low = _rows(low)
         of_y, of_x, of_down, of_up, of_scale = ctx.wants
         at, on = _adapters(scale, index)
         gain = torch.where(on, scale[at], 0.0)[:, None, None]
