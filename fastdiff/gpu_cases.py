@@ -191,7 +191,6 @@ def _adapters(dtype: torch.dtype) -> Iterator[Case]:
         "SD 1.5 2x320x64x64, 8 tasks",
         lambda: _call(t(*image), t(*image), t(8, 320), dim=1, index=tasks()),
     )
-    yield from _low_rank(dtype)
 
 
 def _low_rank(dtype: torch.dtype) -> Iterator[Case]:
