@@ -21,7 +21,8 @@ constexpr int kGroup = 8;                   // entries of a row that go together
 constexpr int kTileRows = W == 16 ? 4 : 2;  // of a block
 constexpr int kTileCols = 4;
 constexpr int64_t kChunkBytes = 384 << 10;  // of x at a time
-constexpr int64_t kMostBytes = 8 << 20;     // of what is turned at a time
+constexpr int64_t kTurnedBytes = 4 << 20;   // of a layer's rows at a time: threads meet twice for
+constexpr int64_t kMostBytes = 8 << 20;     // each; of images
 
 int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -173,7 +174,8 @@ void chunks(int64_t length, int64_t most, F body) {
 template <class T>
 void weight_grad(const SparseWeightGradArgs& a) {
   const int64_t block = int64_t(a.block_rows) * a.block_cols;
-  const int64_t part = std::min(up_to(a.T, W), chunk_of(a.I));
+  const int64_t near = std::max<int64_t>(chunk_of(a.I), kTurnedBytes / 4 / (a.O + a.I) / W * W);
+  const int64_t part = std::min(up_to(a.T, W), near);
   const int64_t stride = part / 16 % 2 ? part : part + 16;  // columns do not share cache sets
   Scratch<float> turned(size_t((a.O + a.I) * stride) + W);
   const Turned from{turned.data, turned.data + a.O * stride, stride};
@@ -192,12 +194,15 @@ void weight_grad(const SparseWeightGradArgs& a) {
       }
     });
     parallel_for(0, a.nnz, 1 + 65536 / (length * block), [&](int64_t begin, int64_t end) {
-      if (block == 1)
-        entries(from, a.crow, a.O, begin, end, 0, length, t > 0, a.out,
-                [&](int64_t e) { return a.col[e] * stride; });
-      else
-        blocks(from, a.crow, a.col, a.O / a.block_rows, begin, end, a.block_rows, a.block_cols,
-               stride, length, t > 0, a.out);
+      chunks(length, chunk_of(a.I), [&](int64_t k, int64_t count) {
+        const bool add = t > 0 || k > 0;
+        if (block == 1)
+          entries(from, a.crow, a.O, begin, end, k, count, add, a.out,
+                  [&](int64_t e) { return a.col[e] * stride; });
+        else
+          blocks({from.a + k, from.b + k, stride}, a.crow, a.col, a.O / a.block_rows, begin, end,
+                 a.block_rows, a.block_cols, stride, count, add, a.out);
+      });
     });
   }
 }
