@@ -70,7 +70,7 @@ def _training(net: nn.Module, run: Callable[[nn.Module], Tensor], optimizer: Any
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
