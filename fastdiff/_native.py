@@ -48,9 +48,13 @@ def set_cpu_level(name: str) -> None:
 
 
 def native(op: str) -> Callable[..., Any]:
-    """``torch.ops.fastdiff.<op>``; without the extension a function that says why not."""
-    if _C is not None:
+    """``torch.ops.fastdiff.<op>``; without the extension a function that says why not. An extension
+    that lacks an operation was built from other sources: it counts as none from then on."""
+    global _C, load_error
+    if _C is not None and hasattr(torch.ops.fastdiff, op):
         return getattr(torch.ops.fastdiff, op).default
+    if _C is not None:
+        _C, load_error = None, f"fastdiff._C is older than the package, as it has no {op}; build it"
 
     def missing(*_: Any) -> Any:
         raise RuntimeError(load_error)

@@ -119,3 +119,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1000  # 16,384 pages a block
+
+
+def test_an_extension_of_other_sources_counts_as_none(monkeypatch):
+    for name in ("_C", "load_error"):
+        monkeypatch.setattr(_native, name, getattr(_native, name))
+    with pytest.raises(RuntimeError, match="older than the package, as it has no no_such_op"):
+        _native.native("no_such_op")()
+    why = fastdiff.explain(fastdiff.ops.gelu_tanh, torch.ones(3))
+    assert "older than the package" in why["native"] and why["ref"] is None
