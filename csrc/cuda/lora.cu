@@ -13,13 +13,14 @@
 #include "tiles.h"
 
 namespace fastdiff {
+
+struct LoraAligned {  // outside, or the kernels that take it have no symbol
+  bool x, down, up, y, out;
+};
+
 namespace {
 
 constexpr int kRowsOf = 64;
-
-struct LoraAligned {
-  bool x, down, up, y, out;
-};
 
 // R: the rank, rounded up.
 template <int R>

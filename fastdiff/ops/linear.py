@@ -126,6 +126,19 @@ def _onednn_enabled() -> bool:
     return _HAS_ONEDNN and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.enabled
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def _onednn_bfloat16() -> bool:
+    """Tried: torch says of processors with AVX2 alone that they have it, and oneDNN refuses there."""
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    try:
+        with torch.no_grad():
+            _onednn(x, x, None, None)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _why_not_cpu(x: Tensor, weight: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}; this row is for the cpu"
@@ -155,6 +168,8 @@ def _onednn_why_not(
         return _why_not_small(x, weight)
     if x.dtype != torch.bfloat16:
         return f"dtype {x.dtype} is not float32 or bfloat16"
+    if not _onednn_bfloat16():
+        return "oneDNN has no bfloat16 products on this processor (they need AVX-512)"
     own, float32 = _product_ms(x.dtype)
     if own > float32:
         return f"a bfloat16 product takes {own:.2g} ms here and through float32 {float32:.2g} ms"

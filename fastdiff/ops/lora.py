@@ -243,6 +243,7 @@ class _LoraAdd(torch.autograd.Function):
         of_y, of_x, of_down, of_up, of_scale = ctx.wants
         at, on = _adapters(scale, index)
         gain = torch.where(on, scale[at], 0.0)[:, None, None]
+        adds = gain != 0  # the factors of an adapter that adds nothing are not looked at
         g = _rows(grad)
         grad_x = grad_down = grad_up = grad_scale = None
         if of_x or of_down or of_scale:
@@ -250,7 +251,8 @@ class _LoraAdd(torch.autograd.Function):
         if of_x or of_down:
             scaled = (gain * u).to(u.dtype)
         if of_x:
-            grad_x = (scaled @ (down[0] if index is None else down[at])).view(ctx.shape)
+            factor, own = torch.where(adds, down[at], 0.0), torch.where(adds, scaled, 0.0)
+            grad_x = (own @ (factor[0] if index is None else factor)).view(ctx.shape)
         if not down.shape[1]:
             grad_down, grad_up = torch.zeros_like(down), torch.zeros_like(up)
         elif index is None:

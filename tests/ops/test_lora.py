@@ -247,6 +247,21 @@ def test_gradients_stay_with_their_adapter():
         assert got[of_adapter][2].isnan().any()
 
 
+@pytest.mark.parametrize("broken", ("down", "up"))
+def test_an_adapter_that_adds_nothing_is_not_looked_at(broken):
+    """Neither by a sample without one nor at scale 0, forward and backward."""
+    y, x, down, up, scale, _ = make((3, 4), 10, 9, 5, adapters=3)
+    index, seen = torch.tensor([0, 3, 2]), torch.randn(3, 4, 9)
+    scale[1] = 0.0
+    clean_x = torch.autograd.grad(lora_add(y, x.requires_grad_(), down, up, scale, index), x, seen)
+    (down if broken == "down" else up)[:2] = torch.nan
+    out = lora_add(y, x, down, up, scale, index)
+    assert torch.equal(out[[0, 2]], y[[0, 2]])
+    assert torch.equal(torch.autograd.grad(out, x, seen)[0], clean_x[0])
+    one = lora_add(y, x, down[:1], up[:1], torch.zeros(1))
+    assert torch.equal(torch.autograd.grad(one, x, seen)[0], torch.zeros_like(x))
+
+
 def test_adapters_without_samples_get_zero():
     y, x, down, up, scale, _ = make((2, 4), 10, 9, 5, adapters=3)
     leaves = [t.requires_grad_() for t in (down, up, scale)]
