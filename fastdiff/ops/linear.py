@@ -129,7 +129,7 @@ def _onednn_enabled() -> bool:
 @torch.compiler.assume_constant_result
 @functools.cache
 def _onednn_bfloat16() -> bool:
-    """Tried: torch says of processors with AVX2 alone that they have it, and oneDNN refuses there."""
+    """Tried: torch says that processors with AVX2 alone have it, and oneDNN refuses there."""
     x = torch.ones(64, 64, dtype=torch.bfloat16)
     try:
         with torch.no_grad():
