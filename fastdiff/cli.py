@@ -133,6 +133,11 @@ def _drawing(p: Parser) -> None:
     )
     p.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument(
+        "--adapter",
+        action="append",
+        help="a file of fastdiff finetune for the model; may be given several times",
+    )
     p.add_argument("--threads", type=_whole(1, 4096), help="default: torch's own choice")
 
 
@@ -206,11 +211,6 @@ def parser() -> Parser:
     p.add_argument("--steps", type=_whole(1, 10_000), default=25)
     _drawing(p)
     p.add_argument("--batch", type=_whole(1, 4096), help="pictures (default: 2 of each class)")
-    p.add_argument(
-        "--adapter",
-        action="append",
-        help="a file of fastdiff finetune for the model; may be given several times",
-    )
     p.add_argument(
         "--cache",
         type=_policy,
