@@ -35,9 +35,8 @@ def arguments(op, of):
             if op.startswith("grouped_"):  # offsets of groups of 64 rows
                 return 64 * torch.arange(shape[0])
             return torch.arange(torch.Size(shape).numel()).view(shape)
-        if (
-            dtype == torch.int32
-        ):  # a CSR of 16 entries a row: its starts, of which there is one more
+        # A CSR of 16 entries a row: its starts, of which there is one more, or its columns.
+        if dtype == torch.int32:
             (n,) = shape
             return (
                 16 * torch.arange(n) if n % 2 else (24 * torch.arange(16)).repeat(n // 16)
