@@ -142,6 +142,47 @@ def _batch(recipe: Recipe, every: data.Digits) -> tuple[Tensor, Tensor]:
     return x, every.y[pick].masked_fill(drop, data.CLASSES)
 
 
+def _train(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    every: data.Digits,
+    progress: Callable[[int, int, float], None] | None,
+) -> tuple[list[float], int, bool]:
+    """The losses, the bytes of gradients, and whether a person stopped it."""
+    alpha_bar, lr, start = linear_alpha_bar(), optimizer.param_groups[0]["lr"], time.monotonic()
+    curve: list[float] = []
+    gradients = 0
+    try:
+        for step in range(recipe.steps):
+            share = max(step / recipe.steps, (time.monotonic() - start) / (60 * recipe.minutes))
+            if step and share >= 1:
+                break
+            warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+            now = lr * warm * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))
+            optimizer.param_groups[0]["lr"] = now
+            x, y = _batch(recipe, every)
+            loss = loss_of(network, x, y, alpha_bar, autocast=False)
+            loss.backward()
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = _bytes([p.grad for p in trained if p.grad is not None])
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+            if not math.isfinite(curve[-1]):
+                raise ValueError(
+                    f"finetune: the loss of step {step} is {curve[-1]}, need a lower lr"
+                )
+            if progress is not None:
+                progress(step + 1, recipe.steps, curve[-1])
+    except KeyboardInterrupt:
+        if not curve:
+            raise
+        return curve, gradients, True
+    return curve, gradients, False
+
+
 def finetune(
     model: str | Path,
     out: str | Path,
@@ -162,6 +203,8 @@ def finetune(
             before and after then stands in the card.
         progress: is told step, steps and loss.
         command: for the card.
+
+    Stopped by a person (KeyboardInterrupt), it writes what there is, and the interrupt goes on.
 
     Returns:
         The card: parameters trained, losses (every step's under "curve"), time, bytes.
@@ -195,30 +238,11 @@ def finetune(
         network.pos_embed.requires_grad_(False)
     whole = sum(p.numel() for p in network.parameters())
     adapter, optimizer, trained = prepare(network, recipe)
-    alpha_bar = linear_alpha_bar()
     lr = optimizer.param_groups[0]["lr"]
-    curve: list[float] = []
     _forget_peak()
     start, idle = time.monotonic(), _peak()
-    for step in range(recipe.steps):
-        share = max(step / recipe.steps, (time.monotonic() - start) / (60 * recipe.minutes))
-        if share >= 1:
-            break
-        warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-        optimizer.param_groups[0]["lr"] = lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
-        x, y = _batch(recipe, every)
-        loss = loss_of(network, x, y, alpha_bar, autocast=False)
-        loss.backward()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = _bytes([p.grad for p in trained if p.grad is not None])
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(loss.item())
-        if not math.isfinite(curve[-1]):
-            raise ValueError(f"finetune: the loss of step {step} is {curve[-1]}, need a lower lr")
-        if progress is not None:
-            progress(step + 1, recipe.steps, curve[-1])
+    curve, gradients, stopped = _train(network, optimizer, recipe, every, progress)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     seconds = time.monotonic() - start
     network.eval()
     moments = [
@@ -243,7 +267,9 @@ def finetune(
         "command": command,
         "curve": [round(v, 5) for v in curve],
     }
-    if evaluate is not None:
+    if stopped:
+        found["stopped"] = True
+    elif evaluate is not None:
         found["after"] = quality.evaluate(network, **settings)
     if adapter is None:
         own = ("model", "config", "parameters", "dtype", "training")
@@ -251,8 +277,10 @@ def finetune(
         training = {k: v for k, v in found.items() if k != "curve"}
         save(network, out, **facts, training=training)
         found["file_bytes"] = out.stat().st_size
-        return found
-    adapter.save(out)
-    found["file_bytes"] = out.stat().st_size
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        adapter.save(out)
+        found["file_bytes"] = out.stat().st_size
+        out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    if stopped:
+        raise KeyboardInterrupt
     return found

@@ -60,6 +60,21 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a) and a.keys() == b.keys()
 
 
+def test_a_run_that_is_stopped_keeps_what_there_is(tmp_path):
+    out = tmp_path / "a.safetensors"
+
+    def stop(step, steps, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune("dit-digits", out, Recipe(**SHORT), progress=stop)
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["steps"] == 2 and card["stopped"]
+    network, _ = models.load("dit-digits")
+    adapters.load(network, out).detach()
+
+
 def test_the_loss_falls_on_new_data(tmp_path):
     recipe = Recipe(data="inverted", steps=40, batch=8, lr=5e-3, ratio=0.1, warmup_steps=5)
     card = finetune.finetune("dit-digits", tmp_path / "a.safetensors", recipe)
