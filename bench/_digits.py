@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff import models
 from fastdiff.models.dit import EPS
-from fastdiff.samplers.sample import model_times
+from fastdiff.samplers.run import model_times
 
 
 def to_dit(model: models.DiT) -> nn.Module:

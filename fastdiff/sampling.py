@@ -14,7 +14,7 @@ from fastdiff.accelerate import accelerated, acceleration_of, request
 from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import current
 from fastdiff.engine.token_state import gaps_of, open_region, region
-from fastdiff.samplers.sample import model_times
+from fastdiff.samplers.run import model_times
 from fastdiff.tokens import RegionAdaptive
 
 _TIMES = ("sampler", "steps", "clip", "prediction", "schedule")  # what the model's times depend on

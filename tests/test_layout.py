@@ -34,6 +34,7 @@ FLOORS = (
         "gpu_limits",
         "info",
         "info_kernels",
+        "programs",
         "sampling",
         "testing",
         "testing_compile",

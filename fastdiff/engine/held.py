@@ -7,12 +7,12 @@ can be read as a value, compared, and set again.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Held:
@@ -44,6 +44,84 @@ class Held:
     def forget(self) -> None:
         """A new run begins: no value counts."""
         raise NotImplementedError
+
+    def permute(self, index: Tensor, samples: int) -> int:
+        """Sample ``b`` of the run becomes what sample ``index[b]`` was, in the same memory; rows
+        are those of the samples, once for each branch of guidance.
+
+        Returns:
+            How often the host waited.
+
+        Raises:
+            Fixed: this state cannot.
+        """
+        raise Fixed(type(self).__name__)
+
+
+class Fixed(Exception):
+    """A state whose samples cannot change places: it has to be computed anew."""
+
+
+def rows_of(index: Tensor, samples: int, rows: int) -> Tensor:
+    """``index [samples]`` for a batch of ``rows``, which holds the samples once or several times.
+
+    Raises:
+        Fixed: it does not.
+    """
+    if not samples or rows % samples:
+        raise Fixed(f"{rows} rows of {samples} samples")
+    branch = torch.arange(0, rows, samples, device=index.device)
+    return (branch[:, None] + index).flatten()
+
+
+def permute_rows_(t: Tensor, index: Tensor, samples: int) -> None:
+    """Rows of ``t [R, ...]`` change places where they are."""
+    t.copy_(t[rows_of(index, samples, t.shape[0])])
+
+
+def held_in(value: Any) -> Iterator[Held]:
+    """What a tree of dicts, lists, tuples and objects holds across steps, in a fixed order."""
+    if isinstance(value, Held):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from held_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from held_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module):
+        yield from held_in(vars(value))
+
+
+def permute(value: Any, index: Tensor, samples: int) -> tuple[Any, int]:
+    """A tree of dicts, lists, tuples and objects whose tensors have a row for every sample, with
+    the samples at other places, and how often the host waited. Objects change in place.
+
+    Raises:
+        Fixed: some of it cannot; of the rest, some has changed.
+    """
+    if isinstance(value, Held):
+        return value, value.permute(index, samples)
+    if isinstance(value, Tensor):
+        rows = value.shape[0] if value.dim() else 0
+        return value[rows_of(index, samples, rows)], 0
+    if isinstance(value, dict):
+        found = {key: permute(item, index, samples) for key, item in value.items()}
+        return {k: v for k, (v, _) in found.items()}, sum(n for _, n in found.values())
+    if isinstance(value, list | tuple):
+        items = [permute(item, index, samples) for item in value]
+        new, waits = [v for v, _ in items], sum(n for _, n in items)
+        if isinstance(value, list):
+            return new, waits
+        return (type(value)(*new) if hasattr(value, "_fields") else tuple(new)), waits
+    waits = 0
+    if hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        for name, item in vars(value).items():
+            if isinstance(item, Held | Tensor | dict | list | tuple):
+                new, more = permute(item, index, samples)
+                setattr(value, name, new)
+                waits += more
+    return value, waits
 
 
 class Cell:

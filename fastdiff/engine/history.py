@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.cache.extrapolate import weights
-from fastdiff.engine.held import Held
+from fastdiff.engine.held import Held, permute_rows_, rows_of
 
 Streams = tuple[Tensor, ...]
 
@@ -64,6 +64,16 @@ class History(Held):
 
     def forget(self) -> None:
         self.order, self.nodes = [], []
+
+    def permute(self, index: Tensor, samples: int) -> int:
+        waits = 0
+        if any(nodes != self.nodes[0] for nodes in self.nodes):  # each sample has its own steps
+            which = rows_of(index, samples, len(self.nodes)).tolist()
+            self.nodes, waits = [list(self.nodes[b]) for b in which], 1
+        for i in self.order:
+            for value in self.buffers[i]:
+                permute_rows_(value, index, samples)
+        return waits
 
     @property
     def values(self) -> list[Streams]:

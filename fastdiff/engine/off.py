@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.engine.request import Request
+from fastdiff.engine.request import Request, current
 
 FEW = 8  # steps of a distilled model: neighbours differ too much for a cache to be of use
 
@@ -17,6 +17,9 @@ def why_off(network: nn.Module) -> str:
     """Why nothing may be reused in a call of ``network`` that begins now; "" where it may."""
     if network.training:
         return "the network is in training mode"
+    request = current()
+    if request is not None and request.off:
+        return request.off
     return "gradients are recorded" if torch.is_grad_enabled() else ""
 
 

@@ -10,7 +10,7 @@ never waits, and a graph is captured once for each kind and shape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from fastdiff.cache import (
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.capture_check import Report, check
 from fastdiff.engine.graphs import Pool, Runner, runner
-from fastdiff.engine.held import Held
+from fastdiff.engine.held import Held, held_in
 from fastdiff.engine.request import Event, Request, current
 from fastdiff.engine.token_state import PART, Choice, open_region
 from fastdiff.engine.weights import Watch
@@ -36,20 +36,6 @@ from fastdiff.tokens.region import RegionAdaptive
 
 _LAYOUTS = 4  # of adapters, whose programs are kept
 _MOST = 64  # steps after which a cache that has not filled its memory is taken to need no more
-
-
-def _held(value: Any) -> Iterator[Held]:
-    """What a tree of dicts, lists, tuples and objects holds across steps, in a fixed order."""
-    if isinstance(value, Held):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _held(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _held(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module):
-        yield from _held(vars(value))
 
 
 def _decisions(policies: Sequence[Any], step: int, steps: int | None) -> Hashable:
@@ -148,7 +134,7 @@ class Slot:
             inner = self.request(number, step, steps)
             with torch.no_grad(), inner.active():
                 self.network(*args, **kwargs)
-            self.held = list(_held(self.state))
+            self.held = list(held_in(self.state))
             step += 1
         for held in self.held:
             held.fill()

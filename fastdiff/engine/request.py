@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastdiff.engine.held import Fixed, held_in, permute, rows_of
+
 _current: ContextVar[Request | None] = ContextVar("fastdiff_request", default=None)
 
 
@@ -87,6 +89,7 @@ class Request:
         owner: whose run it is, None for one that the user opened.
         marks: of each model, by id: what its weights were when caches last looked.
         notes: sentences about the run as a whole.
+        off: why caches are off in the calls that come, "" where they are on.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Request:
         self.static = False
         self.marks: dict[int, Hashable] = {}
         self.notes: list[str] = []
+        self.off = ""
         self._calls: dict[int, int] = {}
         self._claims: dict[Hashable, int] = {}
 
@@ -121,6 +125,52 @@ class Request:
         """The next step begins."""
         self.step += 1
         self._calls.clear()
+
+    def at(self, step: int) -> None:
+        """The calls that come are those of ``step``: where a loop visits levels as it likes."""
+        self.step = step
+        self._calls.clear()
+
+    def permute(self, index: Tensor, samples: int) -> None:
+        """Sample ``b`` of the run becomes what sample ``index[b]`` was, in all that is kept; what
+        cannot change places is dropped and will be computed anew.
+
+        Args:
+            index: int64 ``[samples]``, on the device.
+        """
+        for key in list(self.state):
+            try:
+                self.state[key], waits = permute(self.state[key], index, samples)
+            except Fixed:
+                self._drop(key)
+                continue
+            self.syncs += waits
+        if self.prediction is not None:
+            rows = rows_of(index, samples, self.prediction.shape[0])
+            self.prediction = self.prediction[rows]
+
+    def mark_dirty(self) -> None:
+        """The state of all samples has been replaced: what is kept does not count any more."""
+        for key in list(self.state):
+            self._drop(key)
+        self.prediction = None
+
+    def _drop(self, key: Hashable) -> None:
+        found = list(held_in(self.state[key]))
+        for held in found:  # of programs, whose memory stays
+            held.forget()
+        if not (isinstance(key, tuple) and key[0] == "programs"):
+            del self.state[key]
+            self._claims.pop(key, None)
+
+    @contextmanager
+    def without(self, reason: str) -> Iterator[None]:
+        """Inside the block caches are off: its calls have nothing to do with those around."""
+        outer, self.off = self.off, reason
+        try:
+            yield
+        finally:
+            self.off = outer
 
     def count(self, model: object, number: int) -> None:
         """The next call of ``model`` is the one with ``number`` of its step."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.engine.held import Cell, Cells
+from fastdiff.engine.held import Cell, Cells, permute_rows_, rows_of
 from fastdiff.engine.request import Request
 from fastdiff.tokens.region import forced_tokens
 
@@ -102,6 +102,12 @@ class Kept(Cells):
     def forget(self) -> None:
         super().forget()
         self.full = False
+
+    def permute(self, index: Tensor, samples: int) -> int:
+        for value in (self.output, *(t for pair in self.keys.values() for t in pair)):
+            if value is not None:
+                permute_rows_(value, index, samples)
+        return 0
 
 
 class Choice(Cells):
@@ -245,6 +251,13 @@ class Choice(Cells):
         super().forget()
         self.step = self.chosen_at = -1
         self.owed, self.region, self.least = False, None, 0
+
+    def permute(self, index: Tensor, samples: int) -> int:
+        for name in self.shapes:
+            if name != "forced":  # a region belongs to the place in the batch
+                value = getattr(self, name)
+                setattr(self, name, value[rows_of(index, samples, value.shape[0])])
+        return 0
 
 
 _PER_TOKEN = {

@@ -5,7 +5,8 @@ from fastdiff.samplers.ddpm import DDPM
 from fastdiff.samplers.dpmpp import DPMpp2M
 from fastdiff.samplers.heun import Euler, Heun
 from fastdiff.samplers.lcm import LCM
-from fastdiff.samplers.sample import SAMPLERS, sample
+from fastdiff.samplers.run import SAMPLERS, Run
+from fastdiff.samplers.sample import sample
 from fastdiff.samplers.schedule import (
     EDM,
     VP,
@@ -33,6 +34,7 @@ __all__ = [
     "Given",
     "Heun",
     "Levels",
+    "Run",
     "Sampler",
     "Schedule",
     "Table",

@@ -42,4 +42,4 @@ class DDIM:
             "a_x": a_x, "a_m": a_m, "c_x": direction * e_x, "c_0": alpha_s + direction * e_0,
             "c_m": direction * e_m, "sigma": v, "r_a": alpha_s, "r_b": sigma_s,
         }  # fmt: skip
-        return build(t, columns, clip=clip)
+        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip)

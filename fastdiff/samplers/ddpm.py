@@ -37,4 +37,4 @@ class DDPM:
             "a_x": a_x, "a_m": a_m, "c_x": alpha[:-1] / alpha_s * (sigma_s / sigma_t) ** 2,
             "c_0": alpha_s * jump / sigma_t**2, "sigma": v, "r_a": alpha_s, "r_b": sigma_s,
         }  # fmt: skip
-        return build(t, columns, clip=clip)
+        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip)

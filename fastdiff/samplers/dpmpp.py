@@ -46,4 +46,4 @@ class DPMpp2M:
             "k_0": one, "sigma": v, "r_a": alpha_s, "r_b": sigma_s,
         }  # fmt: skip
         multistep = Multistep.of(lam[:-1], a_x, a_m, clip)
-        return build(t, columns, clip=clip, multistep=multistep)
+        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip, multistep=multistep)

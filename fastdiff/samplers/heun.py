@@ -128,4 +128,4 @@ def _table(
     first = None
     if noise[0] > 0:
         first = {"c_x": float(scale[0]), "sigma": float(noise[0])}
-    return build(t, columns, clip=clip, first=first)
+    return build(t, columns, at=(alpha, sigma), clip=clip, first=first)

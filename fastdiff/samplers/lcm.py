@@ -41,4 +41,4 @@ class LCM:
             "a_x": a_x, "a_m": a_m, "c_x": alpha[1:] * c_skip, "c_0": alpha[1:] * c_out,
             "sigma": sigma[1:], "r_a": alpha[1:], "r_b": sigma[1:],
         }  # fmt: skip
-        return build(t, columns, clip=clip)
+        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip)

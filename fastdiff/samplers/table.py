@@ -63,6 +63,8 @@ class Table:
     reads: tuple[int, ...]  # history entries that a call's row reads: 0, 1 or 2
     keep: tuple[bool, ...]  # calls whose history entry a later one reads
     draws: tuple[bool, ...]  # calls whose row draws noise
+    alpha: Tensor  # [n] float64, of the level of each call: x = alpha x0 + sigma eps
+    sigma: Tensor  # [n] float64
     first: Tensor | None = None  # [R] float32: a step of the first state before the first call
     multistep: Multistep | None = None  # of samplers that continue their last predictions in time
 
@@ -127,11 +129,13 @@ def build(
     t: Tensor,
     columns: dict[str, Tensor],
     *,
+    at: tuple[Tensor, Tensor],
     clip: float | None,
     first: dict[str, float] | None = None,
     multistep: Multistep | None = None,
 ) -> Table:
-    """The table of float64 ``[n]`` columns (absent ones are 0), and of a ``first`` row's.
+    """The table of float64 ``[n]`` columns (absent ones are 0), and of a ``first`` row's; ``at``:
+    alpha and sigma of the calls.
 
     Without clipping ``x0`` is linear in ``x`` and ``m``, so its terms are folded in float64 into
     theirs: fewer roundings, and none of the cancellation of ``x0 = (x - sigma m) / alpha`` at small
@@ -163,4 +167,4 @@ def build(
     if first is not None:
         row = {"clip": float("inf")} | first
         start = torch.tensor([row.get(name, 0.0) for name in COLUMNS])
-    return Table(rows.float(), t.float(), reads, tuple(keep), draws, start, multistep)
+    return Table(rows.float(), t.float(), reads, tuple(keep), draws, *at, start, multistep)

@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff import models
 from fastdiff.accelerate import acceleration_of
 from fastdiff.samplers import SAMPLERS
-from fastdiff.samplers.sample import model_times
+from fastdiff.samplers.run import model_times
 from fastdiff.testing import draw_weights
 from fastdiff.tokens import RegionAdaptive
 

@@ -1,0 +1,1 @@
+"""Sampling programs: guidance, inversion, editing, steering, each as short as its algorithm."""
