@@ -39,6 +39,7 @@ FLOORS = (
         "testing",
         "testing_compile",
         "testing_cuda",
+        "testing_gaussian",
         "testing_simt",
         "testing_triton",
         "report",
