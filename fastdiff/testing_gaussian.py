@@ -48,7 +48,6 @@ class GaussianModel(nn.Module):
         self.calls: list[Tensor] = []
         if classes:
             self.num_classes = len(mean)
-        self.cast = True
 
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma ``[B]`` at model times ``t``."""
@@ -87,6 +86,7 @@ def convert(prediction: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tenso
     return alpha * eps - sigma * x0 if prediction == "v" else eps - x0
 
 
+@torch.no_grad()
 def affine(table: Table, run: Run, model: GaussianModel) -> list[tuple[Tensor, Tensor, Tensor]]:
     """``(A, b, s)`` of every step ``x' = A x + b + s z``, for one component, elementwise."""
     assert len(model.mean) == 1
@@ -111,7 +111,6 @@ def recursion(
     (None: standard normal noise), for samplers without history and without clipping."""
     m = torch.zeros_like(model.mean).double() if mean is None else mean.double()
     v = torch.ones_like(m) if variance is None else variance.double()
-    with torch.no_grad():
-        for a, b, s in affine(run.table, run, model):
-            m, v = a * m + b, a**2 * v + s**2
-    return m, v
+    for a, b, s in affine(run.table, run, model):
+        m, v = a * m + b, a**2 * v + s**2
+    return m.detach(), v.detach()

@@ -74,8 +74,9 @@ def svdd(
         rows = torch.arange(samples, device=run.x.device)[:, None] * k
         m: Tensor | None = None
         for i in range(n):
-            if m is None or not share:
-                m = run.predict(i)
+            if m is None or not share:  # the K copies of a sample are equal here
+                y = None if run.y is None else run.y[::k]
+                m = run.predict(i, run.x[::k], y=y).repeat_interleave(k, 1)
             run.step(i, m)
             last, ahead = i == n - 1, None
             if last or value is None:

@@ -43,6 +43,7 @@ class Trajectory(Run):
         x: Tensor | None = None,
         *,
         guided: bool | None = None,
+        y: Tensor | None = None,
         independent: str = "",
         again: bool = False,
     ) -> Tensor:
@@ -55,11 +56,11 @@ class Trajectory(Run):
         self.visits.append(i)
         own = self.request
         if own is None:
-            return super().predict(i, x, guided=guided)
+            return super().predict(i, x, guided=guided, y=y)
         if not again:
             own.at(i)
         with own.without(independent) if independent else nullcontext():
-            m = super().predict(i, x, guided=guided)
+            m = super().predict(i, x, guided=guided, y=y)
         if self._watched:
             own.prediction = self.combined(m)
         return m

@@ -246,25 +246,38 @@ class Run:
             drawn = Noise(self.seeds, self.slots, len(self.rows), STEP_STREAM)
             self.x, _ = fused_step(self.x, self.x, self.table.first.to(self.x.device), noise=drawn)
 
-    def predict(self, i: int, x: Tensor | None = None, *, guided: bool | None = None) -> Tensor:
+    def predict(
+        self,
+        i: int,
+        x: Tensor | None = None,
+        *,
+        guided: bool | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
         """The model at level ``i``: ``[K, B, C, ...]``, K = 2 (unconditional, conditional) where
         the step is guided, else 1.
 
         Args:
             x: ``[B, C, ...]``, None: the state.
             guided: None: as the run's settings say of this level; False: the condition alone.
+            y: what the model is told, a row for each of ``x``; None: the run's.
         """
         x = self.x if x is None else x
+        own = y is None
+        y = self.y if own else y
         batch = x.shape[0]
         inputs = x if self._model_dtype is None else x.to(self._model_dtype)
         t = self.times[i]
         if self.guided[i] if guided is None else guided:
-            if self._both is None or self._both.shape[0] != 2 * batch:
-                assert self.y is not None and self._null is not None
-                self._both = torch.cat((torch.full_like(self.y, self._null), self.y))
-            out = self.model(torch.cat((inputs, inputs)), t.expand(2 * batch), self._both)
+            both = self._both if own else None
+            if both is None:
+                assert y is not None and self._null is not None
+                both = torch.cat((torch.full_like(y, self._null), y))
+            if own:
+                self._both = both
+            out = self.model(torch.cat((inputs, inputs)), t.expand(2 * batch), both)
             return out.view(2, batch, *out.shape[1:])[:, :, : x.shape[1]]
-        return self.model(inputs, t.expand(batch), self.y)[None, :, : x.shape[1]]
+        return self.model(inputs, t.expand(batch), y)[None, :, : x.shape[1]]
 
     def predict_rows(self, levels: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The model at a level of its own for every row, without guidance: ``[N, C, ...]``.
