@@ -108,6 +108,12 @@ def _policy(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _program(text: str) -> Any:
+    from fastdiff.cli_methods import parse_program
+
+    return parse_program(text)
+
+
 def _drawing(p: Parser) -> None:
     """The options of every command that draws pictures."""
     p.add_argument(
@@ -197,7 +203,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(
         dest="command",
         required=True,
-        metavar="sample|tune|report|train|finetune|bench|info",
+        metavar="sample|edit|invert|inpaint|tune|report|train|finetune|bench|info",
         parser_class=Parser,
     )
 
@@ -220,6 +226,13 @@ def parser() -> Parser:
         "of fastdiff tune (default: none)",
     )
     p.add_argument(
+        "--program",
+        type=_program,
+        help="steer the pictures: fk:reward=reader,particles=4,lam=2; "
+        "svdd:reward=ink,candidates=4,alpha=0.5; steered:reward=symmetry,scale=1,loops=1 (rewards: "
+        "reader, ink, thin, symmetry); superdiff:other=3: two digits in one (default: none)",
+    )
+    p.add_argument(
         "--out",
         type=Path,
         default=Path("samples.png"),
@@ -233,6 +246,9 @@ def parser() -> Parser:
     p.add_argument("--repeat", type=_whole(1, 1000), default=3, help="timed runs of --compare")
     p.add_argument("--json", action="store_true", help="the report as JSON on stdout")
 
+    from fastdiff import cli_methods
+
+    cli_methods.add(commands, _drawing, _whole)
     _add_tune(commands)
 
     p = commands.add_parser("train", help="train one of the small models on digits, on the CPU")
@@ -361,6 +377,10 @@ def run(argv: Sequence[str]) -> int:
         from fastdiff import cli_finetune
 
         return cli_finetune.main(args)
+    if args.command in ("edit", "invert", "inpaint"):
+        from fastdiff import cli_methods
+
+        return cli_methods.main(args)
     if args.command in ("tune", "report"):
         return _with_plots(args)
     from fastdiff import cli_sample

@@ -103,6 +103,7 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
+        self.program = args.program
         self.model: Any
         self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
         self.listening: list[str] = []  # adapters that cannot be merged
@@ -140,8 +141,9 @@ class Job:
         """Pictures ``[B,C,H,W]``; the same noise in every call with one ``seed``, None: --seed."""
         hidden = None if progress else True  # None: hidden where stderr is no terminal
         bar = tqdm(total=steps, desc=progress, disable=hidden, file=sys.stderr, leave=False)
+        draw: Callable[..., Tensor] = fastdiff.sample if self.program is None else self.program
         with bar:
-            return fastdiff.sample(
+            return draw(
                 model,
                 self.shape,
                 cache=cache,
@@ -238,6 +240,7 @@ def sample_one(job: Job, out: Path) -> dict[str, Any]:
         "steps": args.steps,
         "guidance": job.guidance,
         "guidance_rescale": args.guidance_rescale,
+        "program": None if args.program is None else str(args.program),
         "clip": job.clip,
         "seed": args.seed,
         "dtype": args.dtype,

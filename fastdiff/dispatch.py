@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class NoImpl(RuntimeError):
@@ -90,6 +91,15 @@ def note(op: str, row: str) -> None:
         counter[op, row] += 1
 
 
+def _has_tangent(args: Sequence[Any]) -> bool:
+    """Forward-mode derivatives are being taken (``torch.func.jvp``) of some of these."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    )
+
+
 def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callable[..., Any]:
     """The function of the row to run for ``args``: forced (``impl``, :func:`use`) or first usable.
 
@@ -103,14 +113,17 @@ def pick(op: str, impls: Sequence[Impl], impl: str | None, *args: Any) -> Callab
             have = ", ".join(r.name for r in impls)
             raise NoImpl(f"{op}: no row named {' or '.join(names)}; this op has {have}")
         reason = row.why_not(*args)
+        if reason is None and row is not impls[-1] and _has_tangent(args):
+            reason = "an input has a tangent, and this row has no forward-mode derivative"
         if reason is not None:
             raise NoImpl(f"{op}: row {row.name} refuses: {reason}")
     else:
-        for row in impls:
+        usable = impls[-1:] if _has_tangent(args) else impls  # the reference alone is torch's
+        for row in usable:
             if row.why_not(*args) is None:
                 break
         else:
-            reasons = "; ".join(f"{r.name}: {r.why_not(*args)}" for r in impls)
+            reasons = "; ".join(f"{r.name}: {r.why_not(*args)}" for r in usable)
             raise NoImpl(f"{op}: every row refuses: {reasons}")
     if not torch.compiler.is_compiling():
         counter = _record.get()

@@ -52,7 +52,8 @@ class GaussianModel(nn.Module):
     def level(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma ``[B]`` at model times ``t``."""
         if isinstance(self.schedule, VP):
-            alpha, sigma, _ = self.schedule.at_timesteps(t.double().cpu())
+            step = t.double().cpu() * (self.schedule.train_steps / 1000)
+            alpha, sigma, _ = self.schedule.at_timesteps(step.round())
             n = len(t)
             return alpha[:n].to(t.device), sigma[:n].to(t.device)
         s = t.double() / 1000
@@ -80,7 +81,7 @@ def convert(prediction: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tenso
     """What a model of that prediction says where the noise is ``eps``."""
     if prediction == "eps":
         return eps
-    x0 = (x - sigma * eps) / alpha
+    x0 = (x - sigma * eps) / alpha.clamp(min=1e-12)  # pure noise: eps is x / sigma, x0 is 0 / 0
     if prediction == "x0":
         return x0
     return alpha * eps - sigma * x0 if prediction == "v" else eps - x0

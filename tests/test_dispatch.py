@@ -116,3 +116,20 @@ def test_a_compiled_function_keeps_the_row_of_its_trace():
         first = compiled(X)
     with fastdiff.use("nope"):
         torch.testing.assert_close(compiled(X), first)
+
+
+def test_forward_mode_runs_the_reference():
+    """A row without a forward-mode derivative would give a tangent of zero, silently."""
+    x, w = torch.randn(3, 16), torch.randn(5, 16)
+
+    def f(x):
+        return gelu_tanh(linear(x, w))
+
+    value, tangent = torch.func.jvp(f, (x,), (torch.ones_like(x),))
+    with fastdiff.use("ref"):
+        assert torch.equal(value, f(x))
+    step = 1e-3
+    slope = (f(x + step) - f(x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, slope, rtol=1e-2, atol=1e-2)
+    with pytest.raises(fastdiff.NoImpl, match="native refuses: an input has a tangent"):
+        torch.func.jvp(lambda x: gelu_tanh(x, impl="native"), (x,), (x,))

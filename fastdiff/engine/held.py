@@ -93,35 +93,34 @@ def held_in(value: Any) -> Iterator[Held]:
         yield from held_in(vars(value))
 
 
-def permute(value: Any, index: Tensor, samples: int) -> tuple[Any, int]:
+def permute(value: Any, index: Tensor, samples: int, done: dict[int, int]) -> Any:
     """A tree of dicts, lists, tuples and objects whose tensors have a row for every sample, with
-    the samples at other places, and how often the host waited. Objects change in place.
+    the samples at other places. Objects change in place, each once.
+
+    Args:
+        done: how often the host waited for each :class:`Held` that has changed, by id.
 
     Raises:
         Fixed: some of it cannot; of the rest, some has changed.
     """
     if isinstance(value, Held):
-        return value, value.permute(index, samples)
+        if id(value) not in done:
+            done[id(value)] = value.permute(index, samples)
+        return value
     if isinstance(value, Tensor):
-        rows = value.shape[0] if value.dim() else 0
-        return value[rows_of(index, samples, rows)], 0
+        return value[rows_of(index, samples, value.shape[0] if value.dim() else 0)]
     if isinstance(value, dict):
-        found = {key: permute(item, index, samples) for key, item in value.items()}
-        return {k: v for k, (v, _) in found.items()}, sum(n for _, n in found.values())
+        return {key: permute(item, index, samples, done) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [permute(item, index, samples) for item in value]
-        new, waits = [v for v, _ in items], sum(n for _, n in items)
+        items = [permute(item, index, samples, done) for item in value]
         if isinstance(value, list):
-            return new, waits
-        return (type(value)(*new) if hasattr(value, "_fields") else tuple(new)), waits
-    waits = 0
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if hasattr(value, "__dict__") and not isinstance(value, nn.Module):
         for name, item in vars(value).items():
             if isinstance(item, Held | Tensor | dict | list | tuple):
-                new, more = permute(item, index, samples)
-                setattr(value, name, new)
-                waits += more
-    return value, waits
+                setattr(value, name, permute(item, index, samples, done))
+    return value
 
 
 class Cell:

@@ -138,13 +138,13 @@ class Request:
         Args:
             index: int64 ``[samples]``, on the device.
         """
+        done: dict[int, int] = {}
         for key in list(self.state):
             try:
-                self.state[key], waits = permute(self.state[key], index, samples)
+                self.state[key] = permute(self.state[key], index, samples, done)
             except Fixed:
                 self._drop(key)
-                continue
-            self.syncs += waits
+        self.syncs += sum(done.values())
         if self.prediction is not None:
             rows = rows_of(index, samples, self.prediction.shape[0])
             self.prediction = self.prediction[rows]

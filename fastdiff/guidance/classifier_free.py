@@ -30,5 +30,8 @@ class ClassifierFree(NamedTuple):
 
     def weights(self, batch: int, device: torch.device) -> Tensor:
         """``[B, 2]`` float32 weights of (unconditional, conditional)."""
-        g = torch.as_tensor(self.scale, dtype=torch.float32, device=device).expand(batch)
+        if isinstance(self.scale, Tensor):
+            g = self.scale.to(device, torch.float32).expand(batch)
+        else:  # written on the device: no copy from the host
+            g = torch.full((batch,), self.scale, dtype=torch.float32, device=device)
         return torch.stack((1 - g, g), 1)

@@ -20,6 +20,7 @@ from fastdiff.samplers.schedule import (
     zero_terminal_snr,
 )
 from fastdiff.samplers.table import Sampler, Table
+from fastdiff.samplers.ve import VE, VPSDE
 
 __all__ = [
     "DDIM",
@@ -27,7 +28,9 @@ __all__ = [
     "EDM",
     "LCM",
     "SAMPLERS",
+    "VE",
     "VP",
+    "VPSDE",
     "DPMpp2M",
     "Euler",
     "Flow",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def _classes(model: Any, classes: Tensor | None, batch: int, device: torch.devic
     return classes.to(device)
 
 
-def _prediction(model: Any, prediction: str | None) -> str:
+def prediction_of(model: Any, prediction: str | None) -> str:
     prediction = prediction or getattr(model, "prediction", None) or "eps"
     if prediction not in PREDICTIONS:
         raise _need("prediction", prediction, f"one of {', '.join(PREDICTIONS)}")
@@ -124,11 +125,39 @@ def _table(
         raise _need("steps", steps, "an integer of at least 1")
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise _need("clip", clip, "a number above 0, or None")
-    prediction = _prediction(model, prediction)
+    prediction = prediction_of(model, prediction)
     if schedule is None:
-        defaults: dict[str, Schedule] = {"flow": Flow(), "edm": EDM()}
-        schedule = getattr(model, "schedule", None) or defaults.get(prediction, VP())
-    return _sampler(sampler).table(schedule, steps, prediction, clip)
+        schedule = getattr(model, "schedule", None) or _DEFAULTS.get(prediction, _DEFAULTS["eps"])
+    return _made(_sampler(sampler), schedule, steps, prediction, clip)
+
+
+_DEFAULTS: dict[str, Schedule] = {"eps": VP(), "flow": Flow(), "edm": EDM()}
+
+
+@lru_cache(maxsize=64)
+def _kept(
+    sampler: Sampler, schedule: Schedule, steps: int, prediction: str, clip: float | None
+) -> Table:
+    with torch.inference_mode(False):  # others may need gradients
+        return sampler.table(schedule, steps, prediction, clip)
+
+
+def _made(
+    sampler: Sampler, schedule: Schedule, steps: int, prediction: str, clip: float | None
+) -> Table:
+    """The table, the same object for the same arguments: a loop that is captured finds it there."""
+    try:
+        hash((sampler, schedule))
+    except TypeError:
+        return sampler.table(schedule, steps, prediction, clip)
+    return _kept(sampler, schedule, steps, prediction, clip)
+
+
+@lru_cache(maxsize=64)
+def _on(table: Table, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, times and the numbers of the calls on a device."""
+    with torch.inference_mode(False):
+        return table.rows.to(device), table.t.to(device), torch.arange(len(table.t), device=device)
 
 
 def model_times(
@@ -198,33 +227,34 @@ class Run:
         batch = state.shape[0]
         self.seeds, self.slots = _counters(seed, batch, state.device)
         self.x = state
-        if not isinstance(x, Tensor):
-            self.x = self.drawn()
 
         if not isinstance(guidance_rescale, int | float) or not 0 <= guidance_rescale <= 1:
             raise _need("guidance_rescale", guidance_rescale, "a number in [0, 1]")
         self.rescale = guidance_rescale
-        self.prediction = _prediction(model, prediction)
+        self.prediction = prediction_of(model, prediction)
         self.table = _table(model, sampler, steps, clip, prediction, schedule)
         self.clip = clip
+        self._spread = float(getattr(schedule or getattr(model, "schedule", None), "start", 1.0))
+        if not isinstance(x, Tensor):
+            self.x = self.drawn()
         self.alpha = torch.cat((self.table.alpha, self.table.alpha.new_ones(1)))
         self.sigma = torch.cat((self.table.sigma, self.table.sigma.new_zeros(1)))
 
         self.y = _classes(model, classes, batch, state.device)
         guide = _guidance(guidance, guidance_interval, batch, state.device)
         self.guided = [guide.active(float(t)) for t in self.table.t]
-        self._null: int | None = getattr(model, "num_classes", None)
+        self.null: int | None = getattr(model, "num_classes", None)
         self.weights: Tensor | None = None  # [B, 2] of (unconditional, conditional)
         if any(self.guided):
-            if classes is None or self.y is None or self._null is None:
+            if classes is None or self.y is None or self.null is None:
                 raise ValueError(
                     f"sample: guidance is {guidance}, which needs classes [B] and "
                     "model.num_classes, the index of the null class"
                 )
             self.weights = guide.weights(batch, state.device)
-        self.rows, self.times = self.table.rows.to(state.device), self.table.t.to(state.device)
-        self._numbers = torch.arange(len(self.times), device=state.device)
+        self.rows, self.times, self.numbers = _on(self.table, state.device)
         self._both: Tensor | None = None
+        self._anew: Tensor | None = None
         self.history: list[Tensor] = []
         self.draws: Counter[int] = Counter()
 
@@ -236,9 +266,10 @@ class Run:
         return self.x.shape[0]
 
     def drawn(self) -> Tensor:
-        """First noise, that of the run's seeds and slots."""
+        """First noise, that of the run's seeds and slots, as wide as the schedule begins."""
         x = self.x
-        return philox_normal(x.shape, self.seeds, self.slots, 0, START_STREAM, dtype=x.dtype)
+        z = philox_normal(x.shape, self.seeds, self.slots, 0, START_STREAM, dtype=x.dtype)
+        return z if self._spread == 1 else z * self._spread
 
     def start(self) -> None:
         """What comes before the first call (churn at the first level)."""
@@ -271,13 +302,30 @@ class Run:
         if self.guided[i] if guided is None else guided:
             both = self._both if own else None
             if both is None:
-                assert y is not None and self._null is not None
-                both = torch.cat((torch.full_like(y, self._null), y))
+                assert y is not None and self.null is not None
+                both = torch.cat((torch.full_like(y, self.null), y))
             if own:
                 self._both = both
             out = self.model(torch.cat((inputs, inputs)), t.expand(2 * batch), both)
             return out.view(2, batch, *out.shape[1:])[:, :, : x.shape[1]]
         return self.model(inputs, t.expand(batch), y)[None, :, : x.shape[1]]
+
+    def _without_history(self) -> Tensor:
+        """Rows of a multistep sampler that begins anew at any of them: its first-order step, in
+        which the entry of the call before is that of this one."""
+        if self._anew is None:
+            if self.table.multistep is None:
+                raise ValueError(
+                    "step: this call needs the one before it (Heun's second), and the state has "
+                    "been replaced between them; need a jump to the first call of a step"
+                )
+            c = dict(zip(COLUMNS, self.table.rows.double().unbind(1), strict=True))
+            for name in ("x", "0", "m"):
+                c[f"c_{name}"] = c[f"c_{name}"] + (c["c_h1"] + c["c_h2"]) * c[f"k_{name}"]
+            c["c_h1"], c["c_h2"] = torch.zeros_like(c["c_h1"]), torch.zeros_like(c["c_h2"])
+            rows = torch.stack([c[name] for name in COLUMNS], 1).float()
+            self._anew = rows.to(self.x.device, non_blocking=True)
+        return self._anew
 
     def predict_rows(self, levels: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The model at a level of its own for every row, without guidance: ``[N, C, ...]``.
@@ -339,17 +387,20 @@ class Run:
             mask, ref, select, stored: of :func:`fastdiff.ops.fused_step`.
         """
         x, table = self.x if x is None else x, self.table
+        reads = table.reads[i]
+        if reads > len(self.history):
+            rows, reads = self._without_history(), 0
         both = m.dim() > x.dim() and m.shape[0] > 1
-        noisy = noise and (rows is not None or table.draws[i] or mask is not None)
+        noisy = noise and (table.draws[i] or mask is not None)
         self.x, kept = fused_step(
             x,
             m,
             self.rows if rows is None else rows,
-            step=self._numbers[i],
+            step=self.numbers[i],
             w=self.weights if both else None,
             rescale=self.rescale if both else 0.0,
-            h1=self.history[0] if table.reads[i] > 0 else None,
-            h2=self.history[1] if table.reads[i] > 1 else None,
+            h1=self.history[0] if reads > 0 else None,
+            h2=self.history[1] if reads > 1 else None,
             noise=self.noise(STEP_STREAM) if noisy else None,
             mask=mask,
             ref=ref,
@@ -396,8 +447,11 @@ class Run:
         return self.x
 
     def _row(self, columns: dict[str, Any]) -> Tensor:
-        row = dict.fromkeys(COLUMNS, 0.0) | {"clip": math.inf} | columns
-        return torch.tensor([float(v) for v in row.values()]).to(self.x.device, non_blocking=True)
+        """A row of these columns, written on the device: no copy from the host."""
+        row = torch.zeros(len(COLUMNS), device=self.x.device)
+        for name, value in ({"clip": math.inf} | columns).items():
+            row[COLUMNS.index(name)].fill_(float(value))
+        return row
 
     def noised(self, x0: Tensor, i: int, stream: int = REGION_STREAM) -> Tensor:
         """``alpha x0 + sigma z``: clean states at level ``i``."""
@@ -405,10 +459,9 @@ class Run:
 
     def renoise(self, i: int, j: int) -> Tensor:
         """The state from level ``i`` back to the noisier level ``j``; histories begin anew."""
-        scale, spread = self.jump(i, j)
-        if scale != 1 or spread:
-            self.x = self._affine(self.x, scale, spread, RENOISE_STREAM)
-        self.history = []
+        if i != j:
+            self.x = self._affine(self.x, *self.jump(i, j), RENOISE_STREAM)
+            self.history = []
         return self.x
 
     def jump(self, i: int, j: int) -> tuple[float, float]:
@@ -433,5 +486,5 @@ class Run:
         number = self.draws[stream]
         self.draws[stream] += 1
         if number < len(self):
-            return Noise(self.seeds, self.slots, self._numbers[number], stream)
+            return Noise(self.seeds, self.slots, self.numbers[number], stream)
         return Noise(self.seeds, self.slots, number + 1, stream)  # len(self) is the first state's

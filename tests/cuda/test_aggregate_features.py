@@ -65,6 +65,10 @@ def test_strided_and_misaligned_models(maps):
         size = 2 * 2 * rest[0] * 40
         logits = torch.randn(size + 1)[1:].view(2, 2, *rest)
         compare(x, logits)
+    rest = (1, 40) if maps == "one" else (8, 40)
+    for strides in ((641, 320), (644, 321)):  # only the second model, only the second sample
+        x = torch.randn(2000).as_strided((2, 2, 8, 40), (*strides, 40, 1))
+        compare(x, torch.randn(2, 2, *rest))
 
 
 @pytest.mark.parametrize("maps", MAPS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdiff import samplers
-from fastdiff.programs import particles as ps
-from fastdiff.programs.svdd import svdd
+from fastdiff.methods import particles as ps
+from fastdiff.methods.svdd import svdd
 from fastdiff.samplers import DDIM, Run
 from fastdiff.testing_gaussian import GaussianModel, affine, recursion
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.methods import particles as ps
+from fastdiff.methods.fk import RESAMPLE_STREAM, Reward, rewards_of
+from fastdiff.methods.trajectory import Trajectory, running
 from fastdiff.ops.fused_step import Noise
-from fastdiff.programs import particles as ps
-from fastdiff.programs.fk import RESAMPLE_STREAM, Reward, rewards_of
-from fastdiff.programs.trajectory import Trajectory, running
 
 SELECT = ("soft", "argmax")
 

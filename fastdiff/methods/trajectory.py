@@ -28,6 +28,7 @@ class Trajectory(Run):
         request: of the run; None where the model is not accelerated.
         carried: whatever else belongs to the samples, ``[B, ...]`` each: log-weights, rewards.
         visits: levels of the model calls so far.
+        watched: a policy follows the run's predictions.
     """
 
     def __init__(self, model: Callable[..., Tensor], x: Tensor | Sequence[int], **settings: Any):
@@ -35,7 +36,7 @@ class Trajectory(Run):
         self.request: Request | None = None
         self.carried: dict[str, Tensor] = {}
         self.visits: list[int] = []
-        self._watched = False
+        self.watched = False
 
     def predict(
         self,
@@ -61,9 +62,17 @@ class Trajectory(Run):
             own.at(i)
         with own.without(independent) if independent else nullcontext():
             m = super().predict(i, x, guided=guided, y=y)
-        if self._watched:
+        if self.watched:
             own.prediction = self.combined(m)
         return m
+
+    def predict_rows(self, levels: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """As :meth:`fastdiff.samplers.Run.predict_rows`; caches are off: rows have levels of their
+        own."""
+        if self.request is None:
+            return super().predict_rows(levels, x, y)
+        with self.request.without("rows of several levels share a call"):
+            return super().predict_rows(levels, x, y)
 
     def permute(self, index: Tensor) -> None:
         """Sample ``b`` becomes what sample ``index[b]`` was, with all that is kept of it; whose
@@ -170,5 +179,5 @@ def running(
             run.request.times = run.table.t
             run.request.samples = run.batch
             acceleration.last = run.request
-            run._watched = any(isinstance(p, RegionAdaptive) for p in acceleration.policies)
+            run.watched = any(isinstance(p, RegionAdaptive) for p in acceleration.policies)
         yield run

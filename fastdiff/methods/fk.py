@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.methods import particles as ps
+from fastdiff.methods.trajectory import Trajectory, running
 from fastdiff.ops.fused_step import Noise
-from fastdiff.programs import particles as ps
-from fastdiff.programs.trajectory import Trajectory, running
 
 POTENTIALS = ("diff", "max", "add")
 RESAMPLE_STREAM = 8

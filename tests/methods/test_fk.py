@@ -7,8 +7,8 @@ import torch
 
 import fastdiff
 from fastdiff import samplers
-from fastdiff.programs import particles as ps
-from fastdiff.programs.fk import POTENTIALS, fk_steering
+from fastdiff.methods import particles as ps
+from fastdiff.methods.fk import POTENTIALS, fk_steering
 from fastdiff.samplers import DDIM, Run
 from fastdiff.testing_gaussian import GaussianModel, recursion
 

@@ -1,1 +1,0 @@
-"""Sampling programs: guidance, inversion, editing, steering, each as short as its algorithm."""
