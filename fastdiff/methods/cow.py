@@ -82,7 +82,7 @@ def cow(
     n, rows = len(plain), Run(model, x, sampler=cycle_sampler, **settings).table
     if any(plain.table.reads) or any(rows.reads):
         raise ValueError("cow: a sampler keeps a history, need samplers of single steps")
-    if not (rows.alpha.equal(plain.table.alpha) and rows.sigma.equal(plain.table.sigma)):
+    if not (rows.alpha == plain.table.alpha and rows.sigma == plain.table.sigma):
         raise ValueError("cow: cycle_sampler has other levels than sampler, need the same")
     cycle_rows = rows.rows.to(plain.x.device)
     high, low = (n - int(share * n + 1e-9) for share in (back, replace))

@@ -109,6 +109,7 @@ def fk_steering(
     ess_below: float = 0.5,
     micro_batch: int | None = None,
     callback: Callable[[int, Trajectory], None] | None = None,
+    check: bool = True,
     cache: Any = None,
     **settings: Any,
 ) -> Steered:
@@ -127,6 +128,8 @@ def fk_steering(
         ess_below: resample where the effective number of particles is below this share of K.
         micro_batch: rows that ``reward`` takes at a time; None: all.
         callback: ``callback(i, run)`` after every step; the run is not to be changed.
+        check: the host looks at the end whether every sample has a particle with a weight; False
+            where the loop is captured: nothing then waits.
         cache, settings: of :func:`fastdiff.sample`; the sampler has to draw noise ("ddpm", DDIM
             with eta above 0, ...), or copies of one particle stay equal.
 
@@ -176,6 +179,7 @@ def fk_steering(
         last = rewards_of(reward, run.x, micro_batch)
         weights.update(last, last=True)
         logw = run.carried["logw"].view(samples, particles)
-        ps.check(logw)
+        if check:
+            ps.check(logw)
         shape = (samples, particles, *run.x.shape[1:])
         return Steered(run.x.view(shape), last.view(samples, particles), logw, resampled)

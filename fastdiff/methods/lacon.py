@@ -97,7 +97,7 @@ def lacon(
         raise ValueError(f"lacon: scope is {scope!r}, need 'sample' or 'batch'")
     blocks_of(network_of(model), taps)
     with running(model, x, cache=cache, **settings) as run:
-        times = run.table.t.tolist()
+        times = run.table.times
         run.start()
         for i in range(len(run)):
             m = run.predict(i)

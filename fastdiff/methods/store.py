@@ -64,7 +64,7 @@ class Plan:
         scales = scales if len(set(scales)) > 1 else scales[:1]
         guided = [i for i, on in enumerate(run.guided) if on]  # an interval
         return cls(
-            _digest(run.alpha, run.sigma, run.table.t),
+            _digest(run.alpha, run.sigma, torch.tensor(run.table.times)),
             f"{_digest(run.table.rows)} of {run.prediction}",
             tuple(calls),
             policies,

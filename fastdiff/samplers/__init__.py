@@ -5,7 +5,7 @@ from fastdiff.samplers.ddpm import DDPM
 from fastdiff.samplers.dpmpp import DPMpp2M
 from fastdiff.samplers.heun import Euler, Heun
 from fastdiff.samplers.lcm import LCM
-from fastdiff.samplers.run import SAMPLERS, Run
+from fastdiff.samplers.run import SAMPLERS, Run, ready
 from fastdiff.samplers.sample import sample
 from fastdiff.samplers.schedule import (
     EDM,
@@ -19,7 +19,7 @@ from fastdiff.samplers.schedule import (
     timesteps,
     zero_terminal_snr,
 )
-from fastdiff.samplers.table import Sampler, Table
+from fastdiff.samplers.table import Ready, Sampler, Table
 from fastdiff.samplers.ve import VE, VPSDE
 
 __all__ = [
@@ -37,12 +37,14 @@ __all__ = [
     "Given",
     "Heun",
     "Levels",
+    "Ready",
     "Run",
     "Sampler",
     "Schedule",
     "Table",
     "alphas_cumprod",
     "karras_sigmas",
+    "ready",
     "sample",
     "timesteps",
     "zero_terminal_snr",

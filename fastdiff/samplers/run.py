@@ -24,7 +24,7 @@ from fastdiff.samplers.dpmpp import DPMpp2M
 from fastdiff.samplers.heun import Euler, Heun
 from fastdiff.samplers.lcm import LCM
 from fastdiff.samplers.schedule import EDM, VP, Flow, Schedule
-from fastdiff.samplers.table import PREDICTIONS, Sampler, Table, to_eps, to_x0
+from fastdiff.samplers.table import PREDICTIONS, Ready, Sampler, Table, to_eps, to_x0
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": DDIM(),
@@ -160,6 +160,27 @@ def _on(table: Table, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return table.rows.to(device), table.t.to(device), torch.arange(len(table.t), device=device)
 
 
+def ready(
+    model: Any,
+    *,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    clip: float | None = None,
+    prediction: str | None = None,
+    schedule: Schedule | None = None,
+    device: torch.device | str = "cpu",
+) -> Ready:
+    """A sampler with its table on ``device``, to be given as ``sampler`` to loops that are captured
+    whole: they then copy nothing from the host.
+
+    Raises:
+        ValueError: as :func:`sample`.
+    """
+    made = _table(model, sampler, steps, clip, prediction, schedule)
+    placed = _on(made, torch.device(device))
+    return Ready(made, prediction_of(model, prediction), clip, *placed)
+
+
 def model_times(
     model: Any,
     *,
@@ -237,12 +258,12 @@ class Run:
         self._spread = float(getattr(schedule or getattr(model, "schedule", None), "start", 1.0))
         if not isinstance(x, Tensor):
             self.x = self.drawn()
-        self.alpha = torch.cat((self.table.alpha, self.table.alpha.new_ones(1)))
-        self.sigma = torch.cat((self.table.sigma, self.table.sigma.new_zeros(1)))
+        self.alpha = torch.tensor((*self.table.alpha, 1.0), dtype=torch.float64)
+        self.sigma = torch.tensor((*self.table.sigma, 0.0), dtype=torch.float64)
 
         self.y = _classes(model, classes, batch, state.device)
         guide = _guidance(guidance, guidance_interval, batch, state.device)
-        self.guided = [guide.active(float(t)) for t in self.table.t]
+        self.guided = [guide.active(t) for t in self.table.times]
         self.null: int | None = getattr(model, "num_classes", None)
         self.weights: Tensor | None = None  # [B, 2] of (unconditional, conditional)
         if any(self.guided):
@@ -252,7 +273,14 @@ class Run:
                     "model.num_classes, the index of the null class"
                 )
             self.weights = guide.weights(batch, state.device)
-        self.rows, self.times, self.numbers = _on(self.table, state.device)
+        if isinstance(sampler, Ready):
+            self.rows, self.times, self.numbers = sampler.rows, sampler.t, sampler.numbers
+            if self.rows.device != state.device:
+                raise ValueError(
+                    f"sample: sampler is ready on {self.rows.device}, need {state.device}"
+                )
+        else:
+            self.rows, self.times, self.numbers = _on(self.table, state.device)
         self._both: Tensor | None = None
         self._anew: Tensor | None = None
         self.history: list[Tensor] = []

@@ -114,5 +114,5 @@ def sample(
                 run.history[0] = table.multistep.history(i, run.x, noise, run.history[0], late)
         run.step(i, m, mask=mask, ref=reference)
         if callback is not None:
-            callback(i, float(table.t[i]), run.x)
+            callback(i, table.times[i], run.x)
     return run.x

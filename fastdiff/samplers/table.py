@@ -63,10 +63,32 @@ class Table:
     reads: tuple[int, ...]  # history entries that a call's row reads: 0, 1 or 2
     keep: tuple[bool, ...]  # calls whose history entry a later one reads
     draws: tuple[bool, ...]  # calls whose row draws noise
-    alpha: Tensor  # [n] float64, of the level of each call: x = alpha x0 + sigma eps
-    sigma: Tensor  # [n] float64
+    alpha: tuple[float, ...]  # of the level of each call: x = alpha x0 + sigma eps
+    sigma: tuple[float, ...]
+    times: tuple[float, ...]  # t, for the host
     first: Tensor | None = None  # [R] float32: a step of the first state before the first call
     multistep: Multistep | None = None  # of samplers that continue their last predictions in time
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A sampler whose table is made and on its device: see :func:`fastdiff.samplers.ready`."""
+
+    made: Table
+    prediction: str
+    clip: float | None
+    rows: Tensor  # of the table, on the device
+    t: Tensor
+    numbers: Tensor  # int64 [n]: 0, 1, ...
+
+    def table(self, schedule: Schedule, steps: int, prediction: str, clip: float | None) -> Table:
+        for name, value, need in (
+            ("prediction", prediction, self.prediction),
+            ("clip", clip, self.clip),
+        ):
+            if value != need:
+                raise ValueError(f"sampler was made ready for {name} {need!r}, and it is {value!r}")
+        return self.made
 
 
 class Sampler(Protocol):
@@ -167,4 +189,8 @@ def build(
     if first is not None:
         row = {"clip": float("inf")} | first
         start = torch.tensor([row.get(name, 0.0) for name in COLUMNS])
-    return Table(rows.float(), t.float(), reads, tuple(keep), draws, *at, start, multistep)
+    alpha, sigma = (tuple(level.tolist()) for level in at)
+    times = tuple(t.float().tolist())
+    return Table(
+        rows.float(), t.float(), reads, tuple(keep), draws, alpha, sigma, times, start, multistep
+    )
