@@ -16,6 +16,7 @@ weight ``w_t = lam sigma / alpha``,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ def red_diff(
         if run.rescale:
             raise ValueError(f"red_diff: guidance_rescale is {run.rescale}, need 0")
         w = lam * WEIGHTS[weight](run.sigma[:-1] / run.alpha[:-1])
-        if not w.isfinite().all():
+        if not all(math.isfinite(w[i]) for levels in updates for i in levels):
             raise ValueError(
                 f"red_diff: weight is {weight!r}, infinite at alpha = 0; need 'trunc' or "
                 "'const', or a schedule without that level"
