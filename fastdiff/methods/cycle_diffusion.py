@@ -39,7 +39,7 @@ def posterior_path(run: Trajectory, x0: Tensor, start: int = 0) -> list[Tensor]:
     path = [x]
     for i in range(start, n - 1):
         (a_t, s_t), (a_s, s_s) = ((float(run.alpha[j]), float(run.sigma[j])) for j in (i, i + 1))
-        v = min(float(run.table.rows[i, SIGMA]), s_s)
+        v = min(run.table.host[i][SIGMA], s_s)
         share = (s_s**2 - v**2) ** 0.5 / s_t
         z = philox_normal(x.shape, *run.noise(ENCODE_STREAM), dtype=x.dtype)
         x = (a_s - share * a_t) * x0 + share * x + v * z

@@ -54,7 +54,10 @@ def linear_reward_guidance(
             raise ValueError(
                 f"linear_reward: direction is {list(direction.shape)}, need {list(run.x.shape[1:])}"
             )
-        y = torch.as_tensor(target, dtype=run.x.dtype, device=run.x.device)
+        if isinstance(target, Tensor):
+            y = target.to(run.x)
+        else:
+            y = torch.full((), target, dtype=run.x.dtype, device=run.x.device)
         if y.shape not in ((), (run.batch,)):
             raise ValueError(
                 f"linear_reward: target is {list(y.shape)}, need a number or [{run.batch}]"

@@ -139,9 +139,9 @@ def ppap(
         if on == "mean" and not draws:
             raise ValueError("ppap: on is 'mean' and the sampler draws no noise, need 'eps'")
         on = on or ("mean" if draws else "eps")
-        variance = run.table.rows[:, COLUMNS.index("sigma")].double() ** 2
+        variance = [row[COLUMNS.index("sigma")] ** 2 for row in run.table.host]
         # All rows of a run have one level, which the host knows: one expert is called.
-        who = noise_bins(run.table.t, found).tolist() if several else [0] * n
+        who = noise_bins(torch.tensor(run.table.times), found).tolist() if several else [0] * n
         run.start()
         for i in range(n):
             amount = scales[i] * float(variance[i] if on == "mean" else run.sigma[i])

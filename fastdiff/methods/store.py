@@ -24,11 +24,8 @@ from fastdiff.methods.trajectory import Trajectory
 WIDE = (torch.float32, torch.float64)
 
 
-def _digest(*parts: Tensor) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+def _digest(*parts: Sequence[float]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,13 @@ class Plan:
         network = run.model.network if isinstance(run.model, Programs) else run.model
         found = acceleration_of(network) if cached else None
         policies = () if found is None else tuple(repr(policy) for policy in found.policies)
-        scales = [] if run.weights is None else run.weights[:, -1].tolist()
+        each = run.guidance
+        scales = each.tolist() if isinstance(each, Tensor) else [each]  # the host waits for these
         scales = scales if len(set(scales)) > 1 else scales[:1]
         guided = [i for i, on in enumerate(run.guided) if on]  # an interval
         return cls(
-            _digest(run.alpha, run.sigma, torch.tensor(run.table.times)),
-            f"{_digest(run.table.rows)} of {run.prediction}",
+            _digest(run.table.alpha, run.table.sigma, run.table.times),
+            f"{run.table.digest} of {run.prediction}",
             tuple(calls),
             policies,
             f"scale {scales}, rescale {run.rescale}, calls {guided[:1]} to {guided[-1:]}",

@@ -124,7 +124,7 @@ class Superposition:
 
     def coefficients(self, i: int) -> tuple[float, float, float]:
         """``(A, E, s)`` of the step ``x' = A x + E eps + s z``."""
-        c = dict(zip(COLUMNS, self.run.table.rows[i].double().tolist(), strict=True))
+        c = dict(zip(COLUMNS, self.run.table.host[i], strict=True))
         e_x, e_m = to_eps(self.run.prediction, self.run.alpha[i], self.run.sigma[i])
         ratio = c["c_m"] / float(e_m)
         return c["c_x"] - ratio * float(e_x), ratio, c["sigma"]
@@ -223,7 +223,10 @@ def superdiff(
             joint = Superposition(run, several, told)
         else:
             run.carried["logq"] = run.x.new_zeros(run.batch, 1, dtype=torch.float64)
-        lift = torch.as_tensor(0.0 if bias is None else bias, dtype=torch.float64).to(device)
+        if bias is None:
+            lift = torch.zeros((), dtype=torch.float64, device=device)
+        else:
+            lift = torch.as_tensor(bias, dtype=torch.float64).to(device)
         if lift.shape not in ((), (k,), (run.batch, k)):
             raise ValueError(
                 f"superdiff: bias is {list(lift.shape)}, need [{k}] or [{run.batch}, {k}]"

@@ -71,15 +71,22 @@ def svdd(
     k = candidates
     with running(model, x, cache=cache, **settings) as run:
         samples, n = run.batch, len(run)
+        if value is not None and run.watched:
+            raise ValueError(
+                "svdd: value is given and cache has RegionAdaptive, which follows every row's "
+                "prediction; need another cache"
+            )
         run.fork(k)
         run.start()
         dead = torch.zeros(samples, dtype=torch.bool, device=run.x.device)
         rows = torch.arange(samples, device=run.x.device)[:, None] * k
         m: Tensor | None = None
         for i in range(n):
-            if m is None or not share:  # the K copies of a sample are equal here
+            if value is not None:  # the K copies of a sample are equal here, and one is asked
                 y = None if run.y is None else run.y[::k]
                 m = run.predict(i, run.x[::k], y=y).repeat_interleave(k, 1)
+            elif m is None or not share:
+                m = run.predict(i)
             run.step(i, m)
             last, ahead = i == n - 1, None
             if last or value is None:

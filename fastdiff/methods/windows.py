@@ -121,8 +121,10 @@ def multi_diffusion(
         found = windows(shape, size, stride, ends)
         if weight is not None and weight.shape != tuple(size):
             raise ValueError(f"windows: weight is {list(weight.shape)}, need {list(size)}")
-        w = torch.ones(*size) if weight is None else weight
-        w = w.to(run.x.device, torch.float32)
+        if weight is None:
+            w = torch.ones(*size, device=run.x.device)
+        else:
+            w = weight.to(run.x.device, torch.float32)
         total = torch.zeros(*shape, device=run.x.device)
         for place in found:
             for whole, part in _pieces(place, size, shape):

@@ -205,6 +205,7 @@ class Run:
         x: the state ``[B, C, ...]``.
         table: of the sampler; ``len(run)`` is the number of its calls, levels are 0 to that.
         alpha, sigma: float64 ``[n + 1]`` on the CPU, of every level; the last is the clean end.
+        guidance: scale, as it was given.
         y: what the model is told besides the time, ``[B, ...]`` or None.
         seeds, slots: int64 ``[B]``: whose noise is whose. They belong to the place in the batch
             and stay there where samples change places.
@@ -263,6 +264,7 @@ class Run:
 
         self.y = _classes(model, classes, batch, state.device)
         guide = _guidance(guidance, guidance_interval, batch, state.device)
+        self.guidance = guidance
         self.guided = [guide.active(t) for t in self.table.times]
         self.null: int | None = getattr(model, "num_classes", None)
         self.weights: Tensor | None = None  # [B, 2] of (unconditional, conditional)
@@ -319,7 +321,8 @@ class Run:
         Args:
             x: ``[B, C, ...]``, None: the state.
             guided: None: as the run's settings say of this level; False: the condition alone.
-            y: what the model is told, a row for each of ``x``; None: the run's.
+            guidance: scale, as it was given.
+        y: what the model is told, a row for each of ``x``; None: the run's.
         """
         x = self.x if x is None else x
         own = y is None

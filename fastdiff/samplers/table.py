@@ -2,6 +2,7 @@ r"""A sampler as a table: one row of ``fastdiff.ops.fused_step.COLUMNS`` per mod
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -66,6 +67,8 @@ class Table:
     alpha: tuple[float, ...]  # of the level of each call: x = alpha x0 + sigma eps
     sigma: tuple[float, ...]
     times: tuple[float, ...]  # t, for the host
+    host: tuple[tuple[float, ...], ...]  # rows, for the host
+    digest: str  # of the rows
     first: Tensor | None = None  # [R] float32: a step of the first state before the first call
     multistep: Multistep | None = None  # of samplers that continue their last predictions in time
 
@@ -190,7 +193,9 @@ def build(
         row = {"clip": float("inf")} | first
         start = torch.tensor([row.get(name, 0.0) for name in COLUMNS])
     alpha, sigma = (tuple(level.tolist()) for level in at)
-    times = tuple(t.float().tolist())
+    rows, t = rows.float(), t.float()
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    times, host = tuple(t.tolist()), tuple(map(tuple, rows.tolist()))
     return Table(
-        rows.float(), t.float(), reads, tuple(keep), draws, alpha, sigma, times, start, multistep
+        rows, t, reads, tuple(keep), draws, alpha, sigma, times, host, digest, start, multistep
     )

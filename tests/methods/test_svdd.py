@@ -78,8 +78,8 @@ def test_shared_calls_give_the_same_bits(select):
         out = svdd(model, (2, 3), reward, candidates=5, select=select, share=share, **SETTINGS)
         found[share] = out, sum(len(t) for t in model.calls)
     assert torch.equal(found[True][0], found[False][0])
-    assert found[True][1] == 2 + 2 * 5 * (STEPS - 1)  # K rows a sample and step, but for the first
-    assert found[False][1] == found[True][1] + 2 * (STEPS - 1)
+    assert found[True][1] == 2 * 5 * STEPS  # K rows a sample and step
+    assert found[False][1] == 2 * 5 * (2 * STEPS - 1)
 
 
 def test_a_value_of_its_own_needs_no_candidate_calls():
