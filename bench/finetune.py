@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +25,22 @@ FACTS = (
 QUALITY = ("agreement", "frechet_to_held_out")
 
 
+def one(args: argparse.Namespace, method: str, seed: int) -> list[object]:
+    """A row; in a process of its own, whose peak of memory is that of this training."""
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        card = finetune(
+            args.model,
+            Path(folder) / f"{method}.safetensors",
+            Recipe(
+                data=args.data, method=method, seed=seed, steps=args.steps, batch=args.batch
+            ),
+            evaluate=dict(per_class=args.per_class, steps=args.sampling_steps, seed=seed),
+        )  # fmt: skip
+    quality = [card[w][name] for name in QUALITY for w in ("before", "after")]
+    return [method, seed, args.threads, *(card[fact] for fact in FACTS), *quality]
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", default="dit-digits")
@@ -35,27 +53,14 @@ def main() -> None:
     p.add_argument("--csv", type=Path, required=True)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
     names = [f"{name}_{when}" for name in QUALITY for when in ("before", "after")]
-    with args.csv.open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    with args.csv.open("w", newline="") as file, pool:
         out = csv.writer(file)
         out.writerow(["method", "seed", "threads", *FACTS, *names])
         for seed in range(args.seeds):
             for method in METHODS:
-                card = finetune(
-                    args.model,
-                    Path(folder) / f"{method}.safetensors",
-                    Recipe(
-                        data=args.data,
-                        method=method,
-                        seed=seed,
-                        steps=args.steps,
-                        batch=args.batch,
-                    ),
-                    evaluate=dict(per_class=args.per_class, steps=args.sampling_steps, seed=seed),
-                )
-                quality = [card[w][name] for name in QUALITY for w in ("before", "after")]
-                row = [method, seed, args.threads, *(card[fact] for fact in FACTS), *quality]
+                row = pool.submit(one, args, method, seed).result()
                 out.writerow(row)
                 file.flush()
                 print(*row, flush=True)

@@ -391,9 +391,10 @@ class Run:
         return float(e_x) * x + float(e_m) * m.to(x.dtype)
 
     def shifted(self, i: int, m: Tensor, *, eps: Tensor) -> Tensor:
-        """The prediction ``m`` with ``eps`` added to the noise that it means."""
-        _, e_m = to_eps(self.prediction, *self._level(i))
-        return m + (eps / float(e_m)).to(m.dtype)
+        """The prediction ``m`` with ``eps`` added to the noise that it means; where the state is
+        pure noise (alpha = 0), which no prediction changes, it stays as it is."""
+        e_m = float(to_eps(self.prediction, *self._level(i))[1])
+        return m if e_m == 0 else m + (eps / e_m).to(m.dtype)
 
     def step(
         self,

@@ -201,3 +201,16 @@ def test_two_runs_in_turns_are_two_runs():
     again = [steps(seed) for seed in (1, 2)]
     fastdiff.restore(model)
     assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_shifted_predictions_mean_shifted_noise(prediction):
+    settings = dict(steps=STEPS, prediction=prediction)
+    with running(dit(), (2, 4, 8, 8), **settings) as run:
+        m, more = torch.randn(2, 2, 4, 8, 8).unbind(0)
+        for i in range(STEPS):
+            moved = run.eps(i, run.shifted(i, m, eps=more))
+            if run.alpha[i] == 0:  # pure noise: its noise is x itself, whatever is predicted
+                assert prediction == "flow" and torch.equal(moved, run.x)
+            else:
+                torch.testing.assert_close(moved, run.eps(i, m) + more, rtol=1e-4, atol=1e-4)
