@@ -3,7 +3,7 @@
 Every arm "loop" is the method written out in torch alone, as its algorithm box has it, on the same
 weights in plain torch (``fastdiff.models.plain``), with torch's own generator for noise. Programs
 run on the trained DiT (3.5 M weights, 64 tokens) with the settings of their papers where they fit
-50 steps. "recomputed" is value-based decoding as its public code does it: every candidate has a
+20 steps. "recomputed" is value-based decoding as its public code does it: every candidate has a
 model call for its proposal and one for its value.
 """
 
@@ -24,8 +24,8 @@ from fastdiff.samplers import DDIM, Run
 from fastdiff.samplers.table import to_eps, to_x0
 
 MODEL = "dit-digits"
-STEPS = 50
-BATCH = 8
+STEPS = 20
+BATCH = 4
 TARGET = 1.3
 
 
@@ -334,10 +334,10 @@ def cases() -> list[Case]:
         lambda: methods.fk_steering(model, shape, reward, sampler=ancestral, **how),
         lambda: _fk(loop, shape, reward, 4, 10.0, at),
     )
-    small = dict(steps=25, classes=y[:2], guidance=1.0, sampler=ancestral)
-    few, ink = Loop(plain, y[:2], 1.0, 25), REWARDS["reader"](y[:2])
+    small = dict(steps=STEPS, classes=y[:2], guidance=1.0, sampler=ancestral)
+    few, ink = Loop(plain, y[:2], 1.0), REWARDS["reader"](y[:2])
     add(
-        "value-based decoding, 8 candidates, 25 steps",
+        "value-based decoding, 8 candidates",
         lambda: methods.svdd(model, (2, 1, 32, 32), ink, candidates=8, **small),
         lambda: _svdd(few, (2, 1, 32, 32), ink, 8, 1.0),
         arms={"recomputed": lambda: _recomputed(model, (2, 1, 32, 32), ink, 8, 1.0, **small)},
@@ -359,26 +359,26 @@ def cases() -> list[Case]:
         "CycleDiffusion",
         lambda: methods.cycle_diffusion(
             model, model, digits, source_classes=y, classes=target, guidance=g, steps=STEPS,
-            time_batch=8,
+            time_batch=5,
         ),
         lambda: _cycle(loop, digits, y, target, 0.1),
     )  # fmt: skip
     one = dict(classes=y[:1], steps=STEPS)
     found.append(
         Case(
-            "DPM-Encoder of one picture, 25 levels a call",
-            lambda: methods.encode(model, digits[:1], time_batch=25, **one).residuals[0],
+            "DPM-Encoder of one picture, 20 levels a call",
+            lambda: methods.encode(model, digits[:1], time_batch=20, **one).residuals[0],
             {"sequential": lambda: methods.encode(model, digits[:1], **one).residuals[0]},
             target=2.0,
             vs="sequential",
         )
     )
     add(
-        "RePaint, jumps of 10 twice",
+        "RePaint, jumps of 5 twice",
         lambda: methods.repaint(
-            model, shape, digits, mask, jump=10, repeats=2, sampler=ancestral, **how
+            model, shape, digits, mask, jump=5, repeats=2, sampler=ancestral, **how
         ),
-        lambda: _repaint(loop, digits, mask, 10, 2),
+        lambda: _repaint(loop, digits, mask, 5, 2),
     )
     known = methods.Mask(1 - mask)
     measured = known.apply(digits)

@@ -9,6 +9,7 @@ import fastdiff
 from fastdiff import samplers
 from fastdiff.methods import particles as ps
 from fastdiff.methods.fk import POTENTIALS, fk_steering
+from fastdiff.methods.trajectory import Trajectory
 from fastdiff.samplers import DDIM, Run
 from fastdiff.testing_gaussian import GaussianModel, recursion
 
@@ -105,6 +106,43 @@ def test_children_of_one_parent_differ():
     for own in found.x:
         assert len(own.unique()) == 32
     assert (found.resampled > 0).all()
+
+
+def test_noise_that_children_inherit_would_be_seen(monkeypatch):
+    """Slots belong to places: where they travel with the samples, a parent's children stay one."""
+    plain = Trajectory.permute
+
+    def inherited(run, index):
+        plain(run, index)
+        run.slots = run.slots[index]
+
+    monkeypatch.setattr(Trajectory, "permute", inherited)
+    start = torch.zeros(2, 1)
+    found = fk_steering(
+        gaussian(), start, lambda x: x[:, 0], particles=32, lam=50.0, ess_below=1.0, **SETTINGS
+    )
+    for own in found.x:
+        assert len(own.unique()) < 16
+
+
+def test_the_datas_law_is_not_what_steering_gives():
+    """A sampler of few steps has a bias that no number of particles removes: the exact target is
+    its own law, not the data's N(1, 1/2)."""
+    model = gaussian()
+    m, s = (float(v) for v in recursion(Run(model, (1, 1), **SETTINGS), model))
+    found = fk_steering(
+        model,
+        (64, 1),
+        lambda x: x[:, 0],
+        particles=1024,
+        lam=1.0,
+        at=range(2, STEPS, 4),
+        **SETTINGS,
+    )
+    mean, variance = moments(found)
+    within(variance, s)
+    assert abs(variance.mean() - 0.5) > 20 * variance.std() / 8
+    assert abs(mean.mean() - (1.0 + 0.5)) > 20 * mean.std() / 8
 
 
 def test_batch_of_samples_is_each_alone():
