@@ -105,7 +105,7 @@ def programs(model: Any, guidance: float, steps: int) -> dict[str, Callable[[], 
         "DiffEditor: one token to the right": lambda: {
             "digits": x,
             "out": methods.diffeditor(
-                model, x, [Term(unlike_shifted, 5.0)], taps=[tap], mask=torch.ones(1, 1, 32, 32),
+                model, x, [Term(unlike_shifted, 200.0)], taps=[tap], mask=torch.ones(1, 1, 32, 32),
                 steps=steps, classes=y,
             ),
         },

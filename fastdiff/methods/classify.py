@@ -15,18 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.adapters.tap import main
 from fastdiff.engine.request import current
+from fastdiff.methods.taps import outputs
 from fastdiff.ops.fused_step import Noise, philox_normal
 from fastdiff.samplers import VP, Flow, Schedule
 from fastdiff.samplers.run import START_STREAM
 
 LISTS = ("blocks", "transformer_blocks", "layers")  # where transformers keep their blocks
 Block = int | str
-
-
-class _Reached(Exception):
-    """The last block that is asked for has run."""
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -97,28 +93,16 @@ def tapped(
     if not blocks:
         raise ValueError("features: blocks is empty, need at least one block")
     modules = [_find(network, block) for block in blocks]
-    found: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, _: Any, out: Any) -> None:
-        found[module] = main(out)
-        if stop and len(found) == len(set(modules)):
-            raise _Reached
-
-    hooks = [module.register_forward_hook(keep) for module in set(modules)]
     request = current()
     quiet = nullcontext() if request is None else request.without("features of one call")
-    try:
-        with _as_it_was(network), quiet:
-            network(*args, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    missing = [b for b, module in zip(blocks, modules, strict=True) if module not in found]
-    if missing:
-        raise ValueError(f"features: block {missing[0]!r} did not run, need one that is called")
-    return [found[module] for module in modules]
+    with _as_it_was(network), quiet:
+        outs = outputs(modules, lambda: network(*args, **kwargs), stop=stop)
+    found = []
+    for block, out in zip(blocks, outs, strict=True):
+        if out is None:
+            raise ValueError(f"features: block {block!r} did not run, need one that is called")
+        found.append(out)
+    return found
 
 
 def _level(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,39 +49,29 @@ def blocks_of(network: nn.Module, taps: Sequence[str]) -> dict[str, nn.Module]:
     return {name: known[name] for name in taps}
 
 
-def tapped(
-    network: nn.Module, taps: Sequence[str], call: Callable[[], object], *, stop: bool = True
-) -> Features:
-    """Outputs of blocks of ``network`` while ``call()`` calls it.
+def outputs(
+    modules: Sequence[nn.Module], call: Callable[[], object], *, stop: bool = True
+) -> list[Tensor | None]:
+    """What each of ``modules`` gives while ``call()`` runs, None where it is not called.
 
     Args:
-        taps: names; of a block that is called several times the first call counts.
-        call: calls the network once.
-        stop: end the call once all taps are seen; False: run it to its end. The same features.
-
-    Returns:
-        The output of every tap in the order of ``taps`` (of a tuple its first entry), within the
-        autograd graph of the call.
-
-    Raises:
-        ValueError: taps are no blocks of the network, or one was not called: its output came from
-            a cache, or the call is a captured graph.
+        modules: of one that is called several times the first call counts; of a tuple that it
+            gives the first entry.
+        call: calls their network once.
+        stop: end the call once all have been called; False: run it to its end. The same outputs.
     """
-    found: Features = {}
-    seen = _Seen()
+    found: dict[nn.Module, Tensor] = {}
+    seen, wanted = _Seen(), set(modules)
 
-    def keeping(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.setdefault(name, output[0] if isinstance(output, tuple) else output)
-            if stop and len(found) == len(taps):
-                raise seen
-
-        return keep
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.setdefault(module, output[0] if isinstance(output, tuple) else output)
+        if stop and len(found) == len(wanted):
+            raise seen
 
     handles = []
     try:
-        for name, block in blocks_of(network, taps).items():
-            handles.append(block.register_forward_hook(keeping(name)))
+        for module in wanted:
+            handles.append(module.register_forward_hook(keep))
         call()
     except _Seen as end:
         if end is not seen:  # that of a call around this one
@@ -89,13 +79,29 @@ def tapped(
     finally:
         for handle in handles:
             handle.remove()
-    for name in taps:
-        if name not in found:
+    return [found.get(module) for module in modules]
+
+
+def tapped(
+    network: nn.Module, taps: Sequence[str], call: Callable[[], object], *, stop: bool = True
+) -> Features:
+    """Outputs of blocks of ``network`` while ``call()`` calls it, as :func:`outputs`, by name and
+    in the order of ``taps``, within the autograd graph of the call.
+
+    Raises:
+        ValueError: taps are no blocks of the network, or one was not called: its output came from
+            a cache, or the call is a captured graph.
+    """
+    found: Features = {}
+    blocks = blocks_of(network, taps)
+    for name, output in zip(taps, outputs(list(blocks.values()), call, stop=stop), strict=True):
+        if output is None:
             raise ValueError(
                 f"taps: block {name!r} was not called, need a call that computes it (no cache of "
                 "blocks, no captured graph)"
             )
-    return {name: found[name] for name in taps}
+        found[name] = output
+    return found
 
 
 def features(
