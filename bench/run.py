@@ -182,7 +182,11 @@ class Limits:
             arms: dict[str, Callable[[], Any]] = {"mm": lambda: torch.mm(a, b)}
             if self.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 one = torch.ops.mkldnn._linear_pointwise
-                arms["onednn"] = lambda: one(a, b, None, "none", [], "")
+                try:
+                    one(a, b, None, "none", [], "")
+                    arms["onednn"] = lambda: one(a, b, None, "none", [], "")
+                except RuntimeError:  # no bfloat16 products on processors with AVX2 alone
+                    pass
             self._matrix[dtype] = 2.0 * n**3 / self._best(arms)
         return self._matrix[dtype]
 
