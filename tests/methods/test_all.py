@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import methods, models, samplers
+from fastdiff import engine, methods, models, samplers
 from fastdiff.cache import DeepCache, Forecast
 from fastdiff.engine.capture_check import check
 from fastdiff.methods.diffeditor import Term, unlike
@@ -229,6 +229,22 @@ def test_whole_loop_is_capturable(name, model):
         assert len(report.violations) == 1 and re.search(NOT_CAPTURED[name], str(report))
     else:
         assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["fk", "RePaint", "steered"])
+def test_whole_loop_over_static_buffers(name, model):
+    """As a runner has it: a CUDA graph on a GPU; new inputs are copied, outputs keep their place."""
+    program, own = PROGRAMS[name]
+    how = dict(guidance=1.5) | own
+    ready = samplers.ready(model, sampler=how.pop("sampler", "ddim"), steps=STEPS)
+
+    def step(x, y, seed):
+        return program(model, x, classes=y, seed=seed, sampler=ready, steps=STEPS, **how)
+
+    x, y, seed = inputs()
+    run = engine.runner(step, dict(x=torch.zeros_like(x), y=y, seed=seed))
+    for start in (x, x + 1):
+        assert torch.equal(run(x=start), step(start, y, seed))
 
 
 def test_ready_samplers_are_the_same(model):

@@ -233,3 +233,19 @@ def test_bad_input(settings, words):
 def test_reward_of_a_wrong_shape(value):
     with pytest.raises(ValueError, match=r"reward gives .*, need a tensor \[8\]"):
         fk_steering(gaussian(), (2, 1), lambda x: value, particles=4, **SETTINGS)
+
+
+def test_a_sampler_without_noise_keeps_its_copies_equal():
+    found = fk_steering(
+        gaussian(), torch.randn(3, 1), lambda x: x[:, 0], particles=4, lam=2.0, steps=STEPS,
+        sampler="ddim", ess_below=1.0,
+    )  # fmt: skip
+    assert torch.equal(found.x, found.x[:, :1].expand_as(found.x))
+    assert not found.resampled.any() and (found.logw == found.logw[:, :1]).all()
+
+
+def test_no_samples_at_all():
+    found = fk_steering(gaussian(), torch.zeros(0, 1), lambda x: x[:, 0], particles=4, **SETTINGS)
+    assert (
+        found.x.shape == (0, 4, 1) and found.logw.shape == (0, 4) and found.best().shape == (0, 1)
+    )
