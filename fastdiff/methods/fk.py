@@ -171,7 +171,7 @@ def fk_steering(
                 )
                 logw = run.carried["logw"].view(samples, particles)
                 found = ps.resample(logw, noise, scheme=scheme, ess_below=ess_below)
-                run.permute(found.index)
+                run.permute(found.rows)
                 run.carried["logw"] = found.logw.flatten()
                 resampled = resampled + found.did
             if callback is not None:

@@ -253,7 +253,7 @@ def masked_fk(
             noise = drawn._replace(seed=run.seeds[groups], slot=run.slots[groups])
             logw = run.carried["logw"].view(samples, particles)
             found = ps.resample(logw, noise, scheme=scheme, ess_below=ess_below)
-            run.permute(found.index)
+            run.permute(found.rows)
             run.carried["logw"] = found.logw.flatten()
             resampled = resampled + found.did
     last = rewards_of(reward, run.x, micro_batch)

@@ -96,10 +96,10 @@ def topk(logw: Tensor, n: int) -> Tensor:
 
 
 class Resampled(NamedTuple):
-    """``index`` int64 ``[G K]``: the row that each row takes; ``logw [G, K]`` after; ``did [G]``
+    """``rows`` int64 ``[G K]``: the row that each row takes; ``logw [G, K]`` after; ``did [G]``
     bool: which groups were resampled."""
 
-    index: Tensor
+    rows: Tensor
     logw: Tensor
     did: Tensor
 

@@ -135,11 +135,10 @@ _DEFAULTS: dict[str, Schedule] = {"eps": VP(), "flow": Flow(), "edm": EDM()}
 
 
 @lru_cache(maxsize=64)
-def _kept(
-    sampler: Sampler, schedule: Schedule, steps: int, prediction: str, clip: float | None
-) -> Table:
+def _kept(sampler: Any, schedule: Any, steps: int, prediction: str, clip: float | None) -> Table:
     with torch.inference_mode(False):  # others may need gradients
-        return sampler.table(schedule, steps, prediction, clip)
+        made: Table = sampler.table(schedule, steps, prediction, clip)
+        return made
 
 
 def _made(
@@ -487,7 +486,8 @@ class Run:
 
     def noised(self, x0: Tensor, i: int, stream: int = REGION_STREAM) -> Tensor:
         """``alpha x0 + sigma z``: clean states at level ``i``."""
-        return self._affine(x0, *(float(v) for v in self._level(i)), stream)
+        alpha, sigma = self._level(i)
+        return self._affine(x0, float(alpha), float(sigma), stream)
 
     def renoise(self, i: int, j: int) -> Tensor:
         """The state from level ``i`` back to the noisier level ``j``; histories begin anew."""

@@ -233,7 +233,7 @@ def test_whole_loop_is_capturable(name, model):
 
 @pytest.mark.parametrize("name", ["fk", "RePaint", "steered"])
 def test_whole_loop_over_static_buffers(name, model):
-    """As a runner has it: a CUDA graph on a GPU; new inputs are copied, outputs keep their place."""
+    """As a runner has it, a CUDA graph on a GPU: new inputs are copied into their places."""
     program, own = PROGRAMS[name]
     how = dict(guidance=1.5) | own
     ready = samplers.ready(model, sampler=how.pop("sampler", "ddim"), steps=STEPS)

@@ -173,7 +173,7 @@ def test_weights_of_groups_that_are_not_resampled_stay():
     noise = fastdiff.ops.Noise(0, torch.arange(2), 0, 9)
     found = ps.resample(logw, noise, ess_below=0.5)
     assert found.did.tolist() == [False, True]
-    assert torch.equal(found.logw[0], logw[0]) and found.index.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert torch.equal(found.logw[0], logw[0]) and found.rows.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     assert torch.allclose(found.logw.logsumexp(1), logw.logsumexp(1))  # Z stays
 
 
