@@ -188,6 +188,7 @@ def cycle_diffusion(
 
 
 def _single(run: Trajectory) -> None:
+    run.known_variance("cycle_diffusion")
     if any(run.table.reads):
         raise ValueError("cycle_diffusion: the sampler keeps a history, need one of single steps")
 

@@ -139,6 +139,7 @@ def ppap(
         if on == "mean" and not draws:
             raise ValueError("ppap: on is 'mean' and the sampler draws no noise, need 'eps'")
         on = on or ("mean" if draws else "eps")
+        run.known_variance("ppap")
         variance = [row[COLUMNS.index("sigma")] ** 2 for row in run.table.host]
         # All rows of a run have one level, which the host knows: one expert is called.
         who = noise_bins(torch.tensor(run.table.times), found).tolist() if several else [0] * n

@@ -50,6 +50,7 @@ def log_normal(x: Tensor, mean: Tensor, spread: float) -> Tensor:
 def _single(run: Run) -> Run:
     if any(run.table.reads) or run.table.first is not None:
         raise ValueError("pso: sampler keeps a history or has churn, need one of single steps")
+    run.known_variance("pso")
     return run
 
 

@@ -87,6 +87,7 @@ class Superposition:
 
     def __init__(self, run: Trajectory, models: Sequence[Any], conditions: Sequence[Tensor | None]):
         self.run, self.models, self.conditions = run, models, conditions
+        run.known_variance("superdiff")
         table = run.table
         if table.first is not None or any(table.reads) or run.clip is not None:
             raise ValueError(

@@ -85,6 +85,8 @@ def svdd(
             if value is not None:  # the K copies of a sample are equal here, and one is asked
                 y = None if run.y is None else run.y[::k]
                 m = run.predict(i, run.x[::k], y=y).repeat_interleave(k, 1)
+                if run.variance is not None:
+                    run.variance = run.variance.repeat_interleave(k, 0)
             elif m is None or not share:
                 m = run.predict(i)
             run.step(i, m)

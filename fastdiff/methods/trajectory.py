@@ -89,6 +89,8 @@ class Trajectory(Run):
             self.y, self._both = self.y[index], None
         if self.weights is not None:
             self.weights = self.weights[index]
+        if self.variance is not None:
+            self.variance = self.variance[index]
         if self.request is not None:
             self.request.permute(index, batch)
 

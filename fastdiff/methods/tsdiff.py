@@ -155,6 +155,7 @@ def tsdiff(
         on = on or ("mean" if draws else "eps")
         if on == "eps" and at == "after":
             raise ValueError("tsdiff: at is 'after' and on is 'eps', need 'before'")
+        run.known_variance("tsdiff")
         variance = [row[COLUMNS.index("sigma")] ** 2 for row in run.table.host]
         run.start()
         for i in range(n):

@@ -19,22 +19,27 @@ from fastdiff.samplers.table import Table, build, to_x0
 
 @dataclass(frozen=True)
 class DDPM:
-    """``variance`` "small" or "large"; the last step draws no noise."""
+    """``variance`` "small", "large" or "learned" (the second half of the model's channels, between
+    both); the last step draws no noise."""
 
     variance: str = "small"
     spacing: str = "trailing"
 
     def table(self, schedule: Schedule, steps: int, prediction: str, clip: float | None) -> Table:
-        if self.variance not in ("small", "large"):
-            raise ValueError(f"DDPM: variance is {self.variance!r}, need 'small' or 'large'")
+        known = ("small", "large", "learned")
+        if self.variance not in known:
+            raise ValueError(f"DDPM: variance is {self.variance!r}, need one of {', '.join(known)}")
         alpha, sigma, t = schedule.levels(steps, self.spacing)
         alpha_s, sigma_s, sigma_t = alpha[1:], sigma[1:], sigma[:-1]
         jump = jump_variance(alpha, sigma)
         small = sigma_s / sigma_t * jump.sqrt()
-        v = small if self.variance == "small" else torch.where(sigma_s > 0, jump.sqrt(), 0.0)
+        v = torch.where(sigma_s > 0, jump.sqrt(), 0.0) if self.variance == "large" else small
+        logs = None
+        if self.variance == "learned":
+            logs = (small**2).clamp(min=1e-20).log(), jump.clamp(min=1e-20).log()
         a_x, a_m = to_x0(prediction, alpha[:-1], sigma_t)
         columns = {
             "a_x": a_x, "a_m": a_m, "c_x": alpha[:-1] / alpha_s * (sigma_s / sigma_t) ** 2,
             "c_0": alpha_s * jump / sigma_t**2, "sigma": v, "r_a": alpha_s, "r_b": sigma_s,
         }  # fmt: skip
-        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip)
+        return build(t, columns, at=(alpha[:-1], sigma[:-1]), clip=clip, learned=logs)

@@ -141,14 +141,13 @@ def _kept(sampler: Any, schedule: Any, steps: int, prediction: str, clip: float 
         return made
 
 
-def _made(
-    sampler: Sampler, schedule: Schedule, steps: int, prediction: str, clip: float | None
-) -> Table:
+def _made(sampler: Any, schedule: Any, steps: int, prediction: str, clip: float | None) -> Table:
     """The table, the same object for the same arguments: a loop that is captured finds it there."""
     try:
         hash((sampler, schedule))
     except TypeError:
-        return sampler.table(schedule, steps, prediction, clip)
+        own: Table = sampler.table(schedule, steps, prediction, clip)
+        return own
     return _kept(sampler, schedule, steps, prediction, clip)
 
 
@@ -210,6 +209,8 @@ class Run:
             and stay there where samples change places.
         history: entries of a multistep sampler, the newest first.
         draws: how often each stream of noise was drawn from.
+        variance: ``[B, C, ...]``, what the last call said of the variance (of the condition, where
+            guided), where the sampler takes a learned one.
     """
 
     def __init__(
@@ -282,6 +283,7 @@ class Run:
                 )
         else:
             self.rows, self.times, self.numbers = _on(self.table, state.device)
+        self.variance: Tensor | None = None
         self._both: Tensor | None = None
         self._anew: Tensor | None = None
         self.history: list[Tensor] = []
@@ -337,8 +339,40 @@ class Run:
             if own:
                 self._both = both
             out = self.model(torch.cat((inputs, inputs)), t.expand(2 * batch), both)
+            self._learn(out[batch:], x)
             return out.view(2, batch, *out.shape[1:])[:, :, : x.shape[1]]
-        return self.model(inputs, t.expand(batch), y)[None, :, : x.shape[1]]
+        out = self.model(inputs, t.expand(batch), y)
+        self._learn(out, x)
+        return out[None, :, : x.shape[1]]
+
+    def _learn(self, out: Tensor, x: Tensor) -> None:
+        channels = x.shape[1]
+        if not self.table.learned:
+            return
+        if out.shape[1] != 2 * channels:
+            raise ValueError(
+                f"sample: sampler has a learned variance and the model gives {out.shape[1]} "
+                f"channels, need {2 * channels}: predictions and variances"
+            )
+        self.variance = out[:, channels:]
+
+    def _spread_noise(self, i: int, noise: Noise) -> Tensor:
+        """``exp(log-variance / 2) z``: the variance in [-1, 1] is between the logarithms of the
+        smallest and the largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
+        assert self.variance is not None
+        small, large = self.table.learned[i]
+        part = (self.variance.float() + 1) / 2
+        half = 0.5 * (part * large + (1 - part) * small)
+        return (half.exp() * philox_normal(self.x.shape, *noise)).to(self.x.dtype)
+
+    def known_variance(self, who: str) -> None:
+        """For methods that ask for the step's variance ahead.
+
+        Raises:
+            ValueError: it is learned.
+        """
+        if self.table.learned:
+            raise ValueError(f"{who}: sampler has a learned variance, need 'small' or 'large'")
 
     def _without_history(self) -> Tensor:
         """Rows of a multistep sampler that begins anew at any of them: its first-order step, in
@@ -423,6 +457,11 @@ class Run:
             rows, reads = self._without_history(), 0
         both = m.dim() > x.dim() and m.shape[0] > 1
         noisy = noise and (table.draws[i] or mask is not None)
+        drawn = self.noise(STEP_STREAM) if noisy else None
+        h1 = self.history[0] if reads > 0 else None
+        h2 = self.history[1] if reads > 1 else None
+        if drawn is not None and table.learned and table.draws[i]:
+            h2 = self._spread_noise(i, drawn)
         self.x, kept = fused_step(
             x,
             m,
@@ -430,9 +469,9 @@ class Run:
             step=self.numbers[i],
             w=self.weights if both else None,
             rescale=self.rescale if both else 0.0,
-            h1=self.history[0] if reads > 0 else None,
-            h2=self.history[1] if reads > 1 else None,
-            noise=self.noise(STEP_STREAM) if noisy else None,
+            h1=h1,
+            h2=h2,
+            noise=drawn,
             mask=mask,
             ref=ref,
             select=select,

@@ -69,6 +69,9 @@ class Table:
     times: tuple[float, ...]  # t, for the host
     host: tuple[tuple[float, ...], ...]  # rows, for the host
     digest: str  # of the rows
+    # Log-variances (smallest, largest) of each call between which the model says its own; their
+    # noise is the row's h2. Empty: the variance is the row's.
+    learned: tuple[tuple[float, float], ...]
     first: Tensor | None = None  # [R] float32: a step of the first state before the first call
     multistep: Multistep | None = None  # of samplers that continue their last predictions in time
 
@@ -156,11 +159,12 @@ def build(
     *,
     at: tuple[Tensor, Tensor],
     clip: float | None,
+    learned: tuple[Tensor, Tensor] | None = None,
     first: dict[str, float] | None = None,
     multistep: Multistep | None = None,
 ) -> Table:
     """The table of float64 ``[n]`` columns (absent ones are 0), and of a ``first`` row's; ``at``:
-    alpha and sigma of the calls.
+    alpha and sigma of the calls; ``learned``: the smallest and largest log-variances.
 
     Without clipping ``x0`` is linear in ``x`` and ``m``, so its terms are folded in float64 into
     theirs: fewer roundings, and none of the cancellation of ``x0 = (x - sigma m) / alpha`` at small
@@ -188,6 +192,10 @@ def build(
         if keeps[i]:
             kept.insert(0, i)
     draws = tuple(bool(s) for s in c["sigma"])
+    if learned is not None:  # each element has its own: Run.step gives the noise as h2
+        rows[:, COLUMNS.index("c_h2")] = (c["sigma"] != 0).double()
+        rows[:, COLUMNS.index("sigma")] = 0
+    logs = () if learned is None else tuple(zip(*(v.tolist() for v in learned), strict=True))
     start = None
     if first is not None:
         row = {"clip": float("inf")} | first
@@ -197,5 +205,17 @@ def build(
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     times, host = tuple(t.tolist()), tuple(map(tuple, rows.tolist()))
     return Table(
-        rows, t, reads, tuple(keep), draws, alpha, sigma, times, host, digest, start, multistep
+        rows,
+        t,
+        reads,
+        tuple(keep),
+        draws,
+        alpha,
+        sigma,
+        times,
+        host,
+        digest,
+        logs,
+        start,
+        multistep,
     )

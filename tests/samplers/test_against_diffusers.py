@@ -285,3 +285,26 @@ def test_zero_terminal_snr_runs():
         fastdiff.sample(
             Network(), SHAPE, sampler="heun", steps=20, prediction="v", schedule=schedule
         )
+
+
+class LearnedNetwork(Network):
+    """Its second half of channels says where the variance lies, -1 to 1 and beyond."""
+
+    def __call__(self, x, t, y):
+        out = super().__call__(x, t, y)
+        return torch.cat((out, 1.2 * torch.sin(3 * x + out)), 1)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_with_a_learned_variance(prediction, clip, monkeypatch):
+    scheduler = diffusers.DDPMScheduler(
+        **BETAS, prediction_type=PREDICTIONS[prediction], clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0, variance_type="learned_range", timestep_spacing="leading",
+    )  # fmt: skip
+    scheduler.set_timesteps(20)
+    monkeypatch.setitem(globals(), "Network", LearnedNetwork)
+    compare(
+        scheduler, DDPM("learned", "leading"), 20, vp(scheduler), prediction, clip, monkeypatch=monkeypatch,
+        noise_steps=range(20),
+    )  # fmt: skip

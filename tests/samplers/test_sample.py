@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.samplers import VP, Flow
+from fastdiff import samplers
+from fastdiff.samplers import DDPM, VP, Flow
 
 
 class Pointwise:
@@ -149,3 +150,31 @@ def test_empty_batch_and_dtypes():
             Pointwise(), SHAPE, classes=CLASSES, steps=3, schedule=schedule, prediction=prediction
         )
         assert torch.isfinite(out).all()
+
+
+def test_learned_variances_travel_and_stay_in_their_region():
+    def network(x, t, y):
+        return torch.cat((0.3 * x, torch.tanh(5 * x)), 1)
+
+    settings = dict(sampler=DDPM("learned"), steps=8, prediction="eps")
+    x, seeds = torch.randn(3, 2, 5, 7), torch.tensor([4, 5, 6])
+    whole = samplers.sample(network, x, seed=seeds, **settings)
+    for b in range(3):
+        alone = samplers.sample(network, x[b : b + 1], seed=seeds[b : b + 1], **settings)
+        assert torch.equal(alone, whole[b : b + 1])
+    mask = torch.zeros(1, 1, 5, 7)
+    mask[..., :3] = 1
+    ref = torch.randn(3, 2, 5, 7)
+    part = samplers.sample(network, x, seed=seeds, mask=mask, reference=ref, **settings)
+    assert torch.equal(part[..., 3:], ref[..., 3:])
+    small = samplers.sample(
+        lambda x, t, y: 0.3 * x, x, seed=seeds, **settings | dict(sampler="ddpm")
+    )
+
+    def lowest(x, t, y):
+        return torch.cat((0.3 * x, torch.full_like(x, -1.0)), 1)
+
+    low = samplers.sample(lowest, x, seed=seeds, **settings)
+    torch.testing.assert_close(low, small, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="learned variance and the model gives 2 channels, need 4"):
+        samplers.sample(lambda x, t, y: x, x, **settings)
