@@ -307,6 +307,11 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise UsageError(f"--sampler is {args.sampler!r}, need one of {', '.join(SAMPLERS)}")
+    if args.program is not None and args.sampler not in (None, "ddpm"):
+        raise UsageError(
+            f"--sampler is {args.sampler!r}, but --program needs noise in every step; need ddpm, or "
+            "none for DDIM with eta 1"
+        )
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out is {str(args.out)!r}, need a name that ends in .png")
     names = args.model or list(MODELS)

@@ -104,6 +104,7 @@ def test_rewards_are_one_number_a_picture(name):
         (("sample", "--program", "fk:speed=3"), "fk has no 'speed', need reward"),
         (("sample", "--program", "fk:lam=much"), "lam is 'much', need a number"),
         (("sample", "--program", "fk:reward=beauty"), "reward is 'beauty', need one of reader"),
+        (("sample", "--program", "fk", "--sampler", "heun"), "--sampler is 'heun', but --program"),
         (("edit", "--sampler", "ddim"), "--sampler is given, but edit has its own"),
         (("invert", "--model", "dit-scenes"), "does not draw digits of 32 x 32"),
         (("inpaint", "--out", "x.jpg"), "need a name that ends in .png"),
