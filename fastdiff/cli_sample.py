@@ -309,8 +309,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--sampler is {args.sampler!r}, need one of {', '.join(SAMPLERS)}")
     if args.program is not None and args.sampler not in (None, "ddpm"):
         raise UsageError(
-            f"--sampler is {args.sampler!r}, but --program needs noise in every step; need ddpm, or "
-            "none for DDIM with eta 1"
+            f"--sampler is {args.sampler!r}, but --program needs noise in every step; need ddpm, "
+            "or none for DDIM with eta 1"
         )
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out is {str(args.out)!r}, need a name that ends in .png")
