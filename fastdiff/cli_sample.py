@@ -103,7 +103,7 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args = name, args
-        self.program = args.program
+        self.program = getattr(args, "program", None)  # of sample alone
         self.model: Any
         self.model, card = models.load(name, dtype=getattr(torch, args.dtype))
         self.listening: list[str] = []  # adapters that cannot be merged

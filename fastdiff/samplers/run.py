@@ -136,7 +136,7 @@ _DEFAULTS: dict[str, Schedule] = {"eps": VP(), "flow": Flow(), "edm": EDM()}
 
 @lru_cache(maxsize=64)
 def _kept(sampler: Any, schedule: Any, steps: int, prediction: str, clip: float | None) -> Table:
-    with torch.inference_mode(False):  # others may need gradients
+    with torch.inference_mode(False), torch.device("cpu"):  # tables are the host's
         made: Table = sampler.table(schedule, steps, prediction, clip)
         return made
 
@@ -146,7 +146,8 @@ def _made(sampler: Any, schedule: Any, steps: int, prediction: str, clip: float 
     try:
         hash((sampler, schedule))
     except TypeError:
-        own: Table = sampler.table(schedule, steps, prediction, clip)
+        with torch.device("cpu"):
+            own: Table = sampler.table(schedule, steps, prediction, clip)
         return own
     return _kept(sampler, schedule, steps, prediction, clip)
 
@@ -259,8 +260,8 @@ class Run:
         self._spread = float(getattr(schedule or getattr(model, "schedule", None), "start", 1.0))
         if not isinstance(x, Tensor):
             self.x = self.drawn()
-        self.alpha = torch.tensor((*self.table.alpha, 1.0), dtype=torch.float64)
-        self.sigma = torch.tensor((*self.table.sigma, 0.0), dtype=torch.float64)
+        self.alpha = torch.tensor((*self.table.alpha, 1.0), dtype=torch.float64, device="cpu")
+        self.sigma = torch.tensor((*self.table.sigma, 0.0), dtype=torch.float64, device="cpu")
 
         self.y = _classes(model, classes, batch, state.device)
         guide = _guidance(guidance, guidance_interval, batch, state.device)

@@ -305,6 +305,6 @@ def test_ddpm_with_a_learned_variance(prediction, clip, monkeypatch):
     scheduler.set_timesteps(20)
     monkeypatch.setitem(globals(), "Network", LearnedNetwork)
     compare(
-        scheduler, DDPM("learned", "leading"), 20, vp(scheduler), prediction, clip, monkeypatch=monkeypatch,
-        noise_steps=range(20),
+        scheduler, DDPM("learned", "leading"), 20, vp(scheduler), prediction, clip,
+        monkeypatch=monkeypatch, noise_steps=range(20),
     )  # fmt: skip

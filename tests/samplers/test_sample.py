@@ -178,3 +178,12 @@ def test_learned_variances_travel_and_stay_in_their_region():
     torch.testing.assert_close(low, small, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="learned variance and the model gives 2 channels, need 4"):
         samplers.sample(lambda x, t, y: x, x, **settings)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_tables_are_made_on_the_host_whatever_the_default_device_is(name):
+    model = lambda x, t, y: 0.3 * x  # noqa: E731
+    with torch.device("meta"):
+        run = samplers.Run(model, torch.zeros(2, 3, device="cpu"), sampler=name, steps=7)
+        table = run.table
+    assert {t.device.type for t in (table.rows, table.t, run.alpha, run.rows)} == {"cpu"}
