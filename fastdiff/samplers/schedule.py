@@ -99,7 +99,8 @@ def sigma_to_t(sigmas: Tensor, table: Tensor) -> Tensor:
     return low + ((x - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 
-def _to_clean(alpha: Tensor, sigma: Tensor, t: Tensor) -> Levels:
+def to_clean(alpha: Tensor, sigma: Tensor, t: Tensor) -> Levels:
+    """These levels and the clean end."""
     return Levels(torch.cat((alpha, alpha.new_ones(1))), torch.cat((sigma, sigma.new_zeros(1))), t)
 
 
@@ -128,7 +129,7 @@ class VP:
         """The levels of training timesteps ``t``, and the clean end."""
         bar = self._bar()
         level = bar[t.long()]
-        return _to_clean(level.sqrt(), (1 - level).sqrt(), t * (TIME / len(bar)))
+        return to_clean(level.sqrt(), (1 - level).sqrt(), t * (TIME / len(bar)))
 
     def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bar = self._bar()
@@ -149,7 +150,7 @@ class VP:
         if not self.karras:
             return levels
         ratio = levels.sigma[:-1] / levels.alpha[:-1]
-        return _to_clean(*self.at(karras_sigmas(steps, float(ratio[-1]), float(ratio[0]))))
+        return to_clean(*self.at(karras_sigmas(steps, float(ratio[-1]), float(ratio[0]))))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Flow:
         last = 1 / TIME if spacing == "linspace" else 1 / steps
         s = torch.linspace(1, last, steps, dtype=torch.float64)
         s = self.shift * s / (1 + (self.shift - 1) * s)
-        return _to_clean(1 - s, s, TIME * s)
+        return to_clean(1 - s, s, TIME * s)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class EDM:
         return c_in, c_in * ratio, ratio.log() / 4
 
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
-        return _to_clean(*self.at(karras_sigmas(steps, self.low, self.high, self.rho)))
+        return to_clean(*self.at(karras_sigmas(steps, self.low, self.high, self.rho)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,4 +206,4 @@ class Given:
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
         if len(self.ratios) != steps:
             raise ValueError(f"levels: steps is {steps}, need {len(self.ratios)}, the given levels")
-        return _to_clean(*self.at(self.ratios.double().cpu()))
+        return to_clean(*self.at(self.ratios.double().cpu()))

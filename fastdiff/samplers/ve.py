@@ -18,17 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.samplers.schedule import TIME, Levels
+from fastdiff.samplers.schedule import TIME, Levels, to_clean
 
 
 def _times(steps: int, spacing: str, last: float) -> Tensor:
     """From 1 to ``last`` with "linspace" spacing, else 1, (n - 1) / n, ..., 1 / n."""
     last = last if spacing == "linspace" else 1 / steps
     return torch.linspace(1, last, steps, dtype=torch.float64)
-
-
-def _to_clean(alpha: Tensor, sigma: Tensor, t: Tensor) -> Levels:
-    return Levels(torch.cat((alpha, alpha.new_ones(1))), torch.cat((sigma, sigma.new_zeros(1))), t)
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class VE:
 
     @property
     def start(self) -> float:
-        """Standard deviation of the first state: give ``schedule.start * noise`` to a sampler."""
+        """Standard deviation of the first state: drawn so where a sampler is given a shape; a state
+        that is given has to be ``start * noise``."""
         return self.high
 
     def at(self, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +57,7 @@ class VE:
 
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
         t = _times(steps, spacing, 0.0)
-        return _to_clean(*self.at(self.low * (self.high / self.low) ** t))
+        return to_clean(*self.at(self.low * (self.high / self.low) ** t))
 
 
 @dataclass(frozen=True)
@@ -96,4 +93,4 @@ class VPSDE:
     def levels(self, steps: int, spacing: str, extra: int = 0) -> Levels:
         t = _times(steps, spacing, self.last)
         decay = (self.b1 - self.b0) * t**2 / 2 + self.b0 * t
-        return _to_clean((-decay / 2).exp(), (-torch.expm1(-decay)).sqrt(), TIME * t)
+        return to_clean((-decay / 2).exp(), (-torch.expm1(-decay)).sqrt(), TIME * t)

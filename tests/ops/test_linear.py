@@ -197,3 +197,21 @@ X, W = torch.ones(2, 3), torch.ones(4, 3)
 def test_bad_input(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         linear(*args, **kwargs)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_gelu_within_onednns_product_or_after_it(monkeypatch, apart):
+    """Which of the two runs is timed once per process: both are right."""
+    own = sys.modules["fastdiff.ops.linear"]
+    if apart and "native" not in testing.rows_of(sys.modules["fastdiff.ops.gelu_tanh"].IMPLS):
+        pytest.skip("no extension")
+    monkeypatch.setattr(own, "_gelu_apart", lambda: apart)
+    for batch, k, n in [*SHAPES, ((LARGE[0],), *LARGE[1:])]:
+        x, weight, bias = make(batch, k, n, torch.float32)
+        if not x.numel():
+            continue
+        exact = eager(
+            x.double(), weight.double(), None if bias is None else bias.double(), "gelu_tanh"
+        )
+        got = fn_of("onednn")(x, weight, bias, "gelu_tanh")
+        testing.assert_close(got, exact, eager(x, weight, bias, "gelu_tanh"))
