@@ -1,0 +1,143 @@
+r"""A linear layer of int8 tokens and an int8 weight: integer products, exact on every processor.
+
+    y[m, n] = act(s[m] sum_g w[n, g] (sum_{k in g} q[m, k] v[n, k]) + bias[n])
+
+The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,152
+columns), so that rows differ in the rounding of what comes after them alone: an inner sum is
+rounded to float32, groups are added in order with fused multiply-adds, and so is the bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.ops._check import check_like, check_shape
+from fastdiff.ops.quantize import (
+    ACTIVATIONS,
+    QuantWeight,
+    Quantized,
+    check_weight,
+    quantize,
+    unpacked,
+)
+
+MOST_COLUMNS = (2**31 - 1) // 127**2  # of a group
+
+
+def quant_linear_ref(
+    q: Tensor,
+    s: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The specification: integer sums in float64, which holds them exactly; one rounding at the
+    end."""
+    groups = scale.shape[1]
+    rows, columns = values.shape
+    lead = q.shape[:-1]
+    x = q.reshape(-1, groups, columns // groups if groups else 0).double()
+    w = values.view(rows, groups, -1 if columns else 0).double()
+    sums = torch.einsum("mgk,ngk->mng", x, w).float().double()
+    y = s.reshape(-1, 1).double() * (sums * scale.double()).sum(-1)
+    if bias is not None:
+        y = y + bias.double()
+    if activation is not None:
+        y = F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else F.silu(y)
+    return y.to(dtype).view(*lead, rows)
+
+
+def _native_why_not(
+    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *_: Any
+) -> str | None:
+    return why_not_native(bias, s, gpu="quant_linear") or refuse_grad(bias)
+
+
+IMPLS = (
+    Impl("native", native("quant_linear"), _native_why_not),
+    Impl("ref", quant_linear_ref, always),
+)
+
+
+def row_args(
+    x: Quantized,
+    weight: QuantWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str | None, torch.dtype]:
+    """Check the public arguments and give those of a row."""
+    op = "quant_linear"
+    if not isinstance(x, Quantized):
+        raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")
+    q, s, dtype = x
+    if q.dtype != torch.int8 or s.dtype != torch.float32 or q.dim() < 1:
+        raise ValueError(
+            f"{op}: x is {q.dtype} {list(q.shape)} with scale {s.dtype}, need torch.int8 [..., K] "
+            "with scale torch.float32"
+        )
+    check_shape(op, "x.scale", s, q.shape[:-1])
+    check_weight(op, weight, q.device)
+    rows, columns = weight.shape
+    if q.shape[-1] != columns:
+        raise ValueError(f"{op}: weight is {[rows, columns]}, need [N, {q.shape[-1]}]")
+    if columns > MOST_COLUMNS * weight.scale.shape[1]:
+        raise ValueError(
+            f"{op}: weight has {columns} columns in {weight.scale.shape[1]} groups, need groups of "
+            f"at most {MOST_COLUMNS}, or int32 sums overflow"
+        )
+    if bias is not None:
+        check_like(op, "bias", bias, torch.empty(0, dtype=dtype, device=q.device))
+        check_shape(op, "bias", bias, (rows,))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
+    values = unpacked(weight)
+    return q.contiguous(), s.contiguous(), values, weight.scale, bias, activation, dtype
+
+
+TABLES = {"quant_linear": (IMPLS, row_args)}
+
+
+def quant_linear(
+    x: Tensor | Quantized,
+    weight: QuantWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    smooth: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``act(x @ weight.T + bias)`` in int8, with one scale a token and one an output channel or
+    group.
+
+    Args:
+        x: ``[..., K]`` floats, which are quantised here, or :class:`Quantized` tokens.
+        weight: of :func:`quantize_weight`; those of 4 bits are widened to int8 here.
+        bias: ``[N]``, dtype and device of ``x``; None for 0.
+        activation: None, "gelu_tanh" or "silu".
+        smooth: ``[K]``, as the weight was made with; of floats alone.
+        impl: row of ``IMPLS`` to force; None takes the first that accepts.
+
+    Returns:
+        ``[..., N]``, dtype and device of ``x``. A token with a NaN or an infinity gives a row of
+        NaN.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    if isinstance(x, Tensor):
+        x = quantize(x, smooth=smooth)
+    elif smooth is not None:
+        raise ValueError("quant_linear: smooth is given with tokens that are quantised already")
+    args = row_args(x, weight, bias, activation=activation)
+    out: Tensor = pick("quant_linear", IMPLS, impl, *args)(*args)
+    return out

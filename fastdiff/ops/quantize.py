@@ -1,0 +1,229 @@
+r"""Activations as int8 with one scale a token, and weights as int8 or 4 bits with one scale an
+output channel or group.
+
+    y = act(x) / smooth                         smooth [K]: outlier channels move to the weight
+    s = max_k |y_k| / 127,   q = round(y / s)   symmetric, to the nearest, ties to even; |q| <= 127
+
+A token of zeros, or below ``TINY``, has s = 0 and q = 0; one with a NaN or an infinity has s = NaN
+and q = 0, so that whatever is made of it is NaN: nothing is hidden in a large number.
+
+SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, eq. 4) takes
+``smooth = max |x_k|^a / max |w_k|^(1 - a)`` and scales the weight's columns by it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff._native import native, why_not_native
+from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
+
+LEVELS = 127  # of int8 to either side of 0
+TINY = 127 * 2.0**-126  # below it 127 / max is no float32
+ACTIVATIONS = (None, "gelu_tanh", "silu")
+
+
+class Quantized(NamedTuple):
+    """Tokens: ``values`` int8 ``[..., K]``, ``scale`` float32 ``[...]``; ``dtype`` is that which
+    they had."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+class QuantWeight(NamedTuple):
+    """A weight ``[N, K]``.
+
+    Attributes:
+        values: int8 ``[N, K]``; of 4 bits uint8 ``[N, K / 2]``, the even column in the low half,
+            each plus 8.
+        scale: float32 ``[N, G]``: of G groups of K / G columns.
+        bits: 8 or 4.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        return self.values.shape[0], self.values.shape[1] * (8 // self.bits)
+
+
+def quantize_ref(x: Tensor, smooth: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+    """The specification: float32 inside (float64 for float64 ``x``)."""
+    y = wide(x)
+    if activation is not None:
+        y = F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else F.silu(y)
+    if smooth is not None:
+        y = y / smooth.to(y.dtype)
+    most = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros(*y.shape[:-1], 1)
+    usable = most.isfinite() & (most >= TINY)
+    inverse = torch.where(usable, LEVELS / torch.where(usable, most, 1.0), 0.0)
+    q = torch.where(usable, (y * inverse).round().clamp(-LEVELS, LEVELS), 0.0).to(torch.int8)
+    scale = torch.where(most.isfinite(), torch.where(usable, most / LEVELS, 0.0), torch.nan)
+    return q, scale.squeeze(-1).float()
+
+
+def _native_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) -> str | None:
+    return why_not_native(x, gpu="quantize") or refuse_grad(x, smooth)
+
+
+IMPLS = (
+    Impl("native", native("quantize"), _native_why_not),
+    Impl("ref", quantize_ref, always),
+)
+
+
+def row_args(
+    x: Tensor, *, smooth: Tensor | None = None, activation: str | None = None
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """Check the public arguments and give those of a row."""
+    check_tensor("quantize", "x", x)
+    if smooth is not None:
+        check_tensor("quantize", "smooth", smooth)
+        check_shape("quantize", "smooth", smooth, x.shape[-1:])
+        if smooth.device != x.device:
+            raise ValueError(f"quantize: smooth is on {smooth.device}, need {x.device}")
+        smooth = smooth.float()
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"quantize: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'"
+        )
+    return x, smooth, activation
+
+
+TABLES = {"quantize": (IMPLS, row_args)}
+
+
+def quantize(
+    x: Tensor,
+    *,
+    smooth: Tensor | None = None,
+    activation: str | None = None,
+    impl: str | None = None,
+) -> Quantized:
+    """``x`` as int8 with one scale for each token.
+
+    Args:
+        x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
+        smooth: ``[K]``, what channels are divided by; None for 1.
+        activation: None, "gelu_tanh" or "silu", applied before.
+        impl: row of ``IMPLS`` to force; None takes the first that accepts.
+
+    Returns:
+        :class:`Quantized`: contiguous, never views of ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses; the message says why.
+    """
+    args = row_args(x, smooth=smooth, activation=activation)
+    return Quantized(*pick("quantize", IMPLS, impl, *args)(*args), x.dtype)
+
+
+def quantize_weight(
+    weight: Tensor, *, bits: int = 8, group: int | None = None, smooth: Tensor | None = None
+) -> QuantWeight:
+    """A weight as integers, once, when it is loaded; plain torch.
+
+    Args:
+        weight: ``[N, K]`` floats, finite.
+        bits: 8 (127 levels to either side) or 4 (7).
+        group: columns that share a scale, a divisor of K (and even, with 4 bits); None: all.
+        smooth: ``[K]`` above 0, what columns are multiplied by before.
+
+    Raises:
+        ValueError: an argument does not fit, or a value is not finite.
+    """
+    check_tensor("quantize_weight", "weight", weight, dim=2)
+    rows, columns = weight.shape
+    if bits not in (8, 4):
+        raise ValueError(f"quantize_weight: bits is {bits!r}, need 8 or 4")
+    size = columns if group is None else group
+    whole = isinstance(size, int) and not isinstance(size, bool)
+    if not whole or (columns and (size < 1 or columns % size)):
+        raise ValueError(f"quantize_weight: group is {group!r}, need a divisor of K {columns}")
+    if bits == 4 and size % 2:
+        raise ValueError(f"quantize_weight: group is {size}, need an even number with 4 bits")
+    w = wide(weight.detach())
+    if smooth is not None:
+        check_tensor("quantize_weight", "smooth", smooth)
+        check_shape("quantize_weight", "smooth", smooth, (columns,))
+        if not bool((smooth > 0).all() & smooth.isfinite().all()):
+            raise ValueError("quantize_weight: smooth has a value that is not above 0 and finite")
+        w = w * smooth.to(w)
+    if not bool(w.isfinite().all()):
+        raise ValueError("quantize_weight: weight has a value that is not finite")
+    levels = LEVELS if bits == 8 else 7
+    grouped = w.view(rows, columns // size if columns else 0, size if columns else 1)
+    most = grouped.abs().amax(-1, keepdim=True) if columns else grouped.new_zeros(rows, 0, 1)
+    usable = most >= TINY
+    scale = torch.where(usable, most / levels, 0.0)
+    q = (grouped / torch.where(usable, scale, 1.0)).round().clamp(-levels, levels)
+    q = torch.where(usable, q, 0.0).view(rows, columns).to(torch.int8)
+    if bits == 4:
+        pairs = (q + 8).to(torch.uint8).view(rows, columns // 2, 2)
+        q = pairs[..., 0] | pairs[..., 1] << 4
+    return QuantWeight(q.contiguous(), scale.squeeze(-1).float().contiguous(), bits)
+
+
+def unpacked(weight: QuantWeight) -> Tensor:
+    """The integers of a weight, int8 ``[N, K]``."""
+    if weight.bits == 8:
+        return weight.values
+    low, high = weight.values & 15, weight.values >> 4
+    return torch.stack((low, high), -1).flatten(1).to(torch.int8) - 8
+
+
+def dequantize_weight(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[N, K]`` in ``dtype``: what the integers stand for."""
+    rows, columns = weight.shape
+    q = unpacked(weight).float()
+    if not columns:
+        return q.to(dtype)
+    groups = weight.scale.shape[1]
+    return (q.view(rows, groups, -1) * weight.scale[..., None]).view(rows, columns).to(dtype)
+
+
+def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
+    """A weight of :func:`quantize_weight`, or one that was loaded, is whole.
+
+    Raises:
+        ValueError: it is not; the message says what is wrong.
+    """
+    if not isinstance(weight, QuantWeight):
+        raise ValueError(
+            f"{op}: weight is {type(weight).__name__}, need a QuantWeight of quantize_weight"
+        )
+    values, scale, bits = weight
+    if bits not in (8, 4):
+        raise ValueError(f"{op}: weight has {bits!r} bits, need 8 or 4")
+    for name, t, dtype in (
+        ("values", values, torch.int8 if bits == 8 else torch.uint8),
+        ("scale", scale, torch.float32),
+    ):
+        if not isinstance(t, Tensor) or t.dtype != dtype or t.dim() != 2 or t.device != device:
+            found = (
+                f"{t.dtype} {list(t.shape)} on {t.device}"
+                if isinstance(t, Tensor)
+                else type(t).__name__
+            )
+            raise ValueError(f"{op}: weight.{name} is {found}, need {dtype} [N, .] on {device}")
+        check_strided(op, f"weight.{name}", t)
+        if not t.is_contiguous():
+            raise ValueError(f"{op}: weight.{name} has strides {t.stride()}, need contiguous")
+    rows, columns = weight.shape
+    groups = scale.shape[1]
+    if scale.shape[0] != rows or (columns and (not groups or columns % groups)):
+        raise ValueError(
+            f"{op}: weight.scale is {list(scale.shape)}, need [{rows}, G] with G a divisor of "
+            f"K {columns}"
+        )
