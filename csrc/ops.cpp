@@ -15,6 +15,8 @@ TORCH_LIBRARY(fastdiff, m) {
       "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? query_group, "
       "Tensor? key_group, Tensor? table, Tensor? key_lengths, Tensor? q_index, Tensor? q_starts) "
       "-> (Tensor, Tensor)");
+  // q [B,H,S,D]; k [B,H,T,D]; v [B,H,T,Dv]; smooth: the mean over keys comes off k -> [B,H,S,Dv]
+  m.def("quant_attention(Tensor q, Tensor k, Tensor v, float scale, bool smooth) -> Tensor");
   // x [B,N,D]; shift, scale [B,D] or [B,N,D]; weight, bias [D]
   m.def(
       "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
