@@ -58,7 +58,7 @@ def matrix_flops(case: gpu_cases.Case) -> float:
     if case.op == "sparse_conv2d_weight_grad":
         (grad, _, index), _ = case.make()
         return 2.0 * grad.numel() * index.sizes[1]
-    if case.op != "attention":
+    if case.op not in ("attention", "quant_attention"):
         return 0.0
     (q, k, _), _ = case.make()
     batch, heads, rows, dim = q.shape

@@ -74,6 +74,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         lambda: _call(*qkv(2, 8, 64, 160), bias=t(2, 1, 64)),
     )
     yield Case("attention", "SD 3, a quarter of 4x24x4096x64, packed", lambda: _packed(dtype))
+    yield Case("quant_attention", "SD 3, 2x24x4096x64", lambda: _call(*qkv(2, 24, 4096, 64)))
+    yield Case("quant_attention", "DiT-XL/2 2x16x1024x72", lambda: _call(*qkv(2, 16, 1024, 72)))
+    yield Case("quant_attention", "Flux 1x24x4608x128", lambda: _call(*qkv(1, 24, 4608, 128)))
     yield Case("fused_step", "SDXL 2x4x128x128, second order", lambda: step(False))
     yield Case("fused_step", "SDXL 2x4x128x128, guided, rescaled, noise", lambda: step(True))
     yield Case(

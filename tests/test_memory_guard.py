@@ -89,6 +89,8 @@ def calls(dtype):
         yield "attention", (q, k, v), {}
         yield "attention", (q, k, v), dict(bias=r(b, h, s, t))
         yield "attention", (q, k, v), dict(bias=r(b, 1, t), key_lengths=i(t + 1, b))
+        yield "quant_attention", (q, k, v), {}
+        yield "quant_attention", (q, k, r(b, h, t, 1 + d)), dict(smooth=False)
         yield "attention", (q, k, v), dict(q_index=i(s, b, 3))
         table = torch.randn(1, 1, 2, 3)
         groups = ops.GroupBias(i(2, b, s), i(3, 1, t), table)

@@ -75,6 +75,7 @@ def test_every_kernel_compiles():
     assert {report["kernel"] for report in reports} == every_kernel()
     assert {report["kernel"] for report in reports if report["dot"]} == {
         "attention_kernel",
+        "quant_attention_kernel",
         *GROUPED,
     }
 

@@ -138,7 +138,7 @@ def quant_attention(
 
     Args:
         q: ``[B, H, S, D]``; float16, bfloat16 or float32 (float64 on the ref row); any strides, no
-            copy is made where the last one is 1. Any D up to 133,152; of a multiple of 4 no
+            copy is made where the last one is 1. Any D up to 133,144; of a multiple of 4 no
             product is wasted on a CPU, of 32, 64, 128 or 256 none on a GPU.
         k: ``[B, H, T, D]``, dtype and device of ``q``.
         v: ``[B, H, T, Dv]``, dtype and device of ``q``.
