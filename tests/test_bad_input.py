@@ -213,7 +213,7 @@ CASES = [
     ("quant_attention", dict(q=Q, k=Q, v=Q, smooth=1), "smooth is 1, need True or False"),
     ("quant_attention", dict(q=Q, k=Q[..., :4], v=Q), r"k has shape \[2, 2, 5, 4\], need"),
     ("quant_attention", dict(q=Q, k=Q, v=Q[:, :, :4]), r"v has shape \[2, 2, 4, 8\], need"),
-    ("quant_attention", dict(q=Q[..., :0], k=Q[..., :0], v=Q), "need a head dimension of 1 to 133144"),
+    ("quant_attention", dict(q=Q[..., :0], k=Q[..., :0], v=Q), "need a head dimension of 1 to"),
     ("scale_shift", dict(x=X, scale=ones(8), dim=0), "dim is 0, need -1 or 1"),
     ("scale_shift", dict(x=X, scale=ones(8), dim=1), r"scale has shape \[8\], need \[3\]"),
     ("scale_shift", dict(x=X[0, 0], scale=ones(8)), r"x has shape \[8\], need at least 2"),
@@ -340,9 +340,9 @@ SPOIL = dict(
     negative=lambda t: t - 1000 if t.dtype == long else None,
     meta=lambda t: t.to("meta"),
 )
-FLAGS = dict(smooth=True, eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
+FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
              dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True, lr=0.1, beta1=0.9,
-             beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0)
+             beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0, smooth=True)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
