@@ -20,8 +20,8 @@ from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import check_like, check_shape
 from fastdiff.ops.quantize import (
     ACTIVATIONS,
-    QuantWeight,
     Quantized,
+    QuantWeight,
     check_weight,
     quantize,
     unpacked,
