@@ -18,6 +18,7 @@ from fastdiff.engine.programs import Programs
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
 from fastdiff.engine.weights import Watch
+from fastdiff.integrations.conditioned import Conditioned
 from fastdiff.tune import Quality, Report
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
@@ -47,7 +48,16 @@ class Acceleration:
         self.lonely = 0
 
 
+def network_of(model: Any) -> Any:
+    """The network within ``programs`` and :class:`~fastdiff.integrations.Conditioned`."""
+    while isinstance(model, Programs | Conditioned):
+        model = model.network
+    return model
+
+
 def _networks(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, Conditioned):
+        return {"": network_of(target)}
     if isinstance(target, nn.Module):
         return {"": target}
     found = {name: getattr(target, name, None) for name in _NETWORKS}
@@ -242,7 +252,7 @@ def _apply(
     acceleration = Acceleration(cache_bytes, policies)
     for policy in policies:
         if isinstance(policy, EncoderPropagation) and policy.inject:
-            if target in networks.values():
+            if isinstance(target, nn.Module):
                 raise ValueError(
                     f"accelerate: cache has inject {policy.inject}, which needs a pipeline; target "
                     f"is {type(target).__name__}"
@@ -258,7 +268,8 @@ def _apply(
             patch.set(network, _KEY, acceleration)
             patch.set(network, "__deepcopy__", _refuse_copy)  # it would run the original's parts
         if target not in networks.values():
-            _open_requests(target, acceleration)
+            if not isinstance(target, nn.Module):
+                _open_requests(target, acceleration)
             patch.set(target, _KEY, acceleration)
     except BaseException:
         patch.undo()
@@ -278,15 +289,19 @@ def _acceleration(who: str, target: Any) -> Acceleration:
     return found
 
 
-def programs(network: nn.Module) -> Programs:
-    """An accelerated network as a few captured programs, for ``fastdiff.sample(programs, ...)``.
+def programs(network: nn.Module) -> Any:
+    """An accelerated network as a few captured programs, for ``fastdiff.sample(programs, ...)``;
+    of a :class:`~fastdiff.integrations.Conditioned` one that has them within.
 
     On a GPU each kind of step is a CUDA graph; elsewhere it runs eagerly under the same rules.
 
     Raises:
         ValueError: ``network`` is not accelerated, or a policy of its caches cannot be captured.
     """
-    return Programs(network, _acceleration("programs", network).policies)
+    policies = _acceleration("programs", network).policies
+    if isinstance(network, Conditioned):
+        return network.over(Programs(network_of(network), policies))
+    return Programs(network, policies)
 
 
 def restore(target: Any) -> Any:

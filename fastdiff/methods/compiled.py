@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import samplers
-from fastdiff.accelerate import acceleration_of, programs
+from fastdiff.accelerate import acceleration_of, network_of, programs
 from fastdiff.engine.capture_check import check
 from fastdiff.engine.graphs import Runner, runner
 
@@ -217,7 +217,7 @@ def _steps(
     settings: dict[str, Any],
 ) -> Callable[[], Any]:
     """The network's calls as a few programs."""
-    if not isinstance(model, nn.Module) or acceleration_of(model) is None:
+    if not isinstance(model, nn.Module) or acceleration_of(network_of(model)) is None:
         raise _Refused("the model is not accelerated, and programs are of an accelerated network")
     try:
         network = programs(model)
