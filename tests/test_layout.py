@@ -18,7 +18,7 @@ FLOORS = (
     ("_native", "dispatch"),
     ("ops",),
     ("nn", "models"),
-    ("samplers", "guidance", "cache", "tokens", "experts", "adapters", "data", "quality", "train"),
+    ("samplers", "guidance", "cache", "tokens", "experts", "adapters", "data", "precision", "quality", "train"),
     ("engine",),
     ("integrations",),
     (
@@ -37,6 +37,7 @@ FLOORS = (
         "info_kernels",
         "methods",
         "sampling",
+        "stored",
         "testing",
         "testing_compile",
         "testing_cuda",
