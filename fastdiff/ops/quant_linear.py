@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff._native import why_not_native
+from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import check_like, check_shape
 from fastdiff.ops.quantize import (
     ACTIVATIONS,
-    Quantized,
     QuantWeight,
+    Quantized,
     check_weight,
     quantize,
     unpacked,
@@ -61,7 +61,10 @@ def _native_why_not(
     return why_not_native(bias, s, gpu="quant_linear") or refuse_grad(bias)
 
 
-IMPLS = (Impl("ref", quant_linear_ref, always),)
+IMPLS = (
+    Impl("native", native("quant_linear"), _native_why_not),
+    Impl("ref", quant_linear_ref, always),
+)
 
 
 def row_args(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff._native import why_not_native
+from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
 
@@ -76,7 +76,10 @@ def _native_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) ->
     return why_not_native(x, gpu="quantize") or refuse_grad(x, smooth)
 
 
-IMPLS = (Impl("ref", quantize_ref, always),)
+IMPLS = (
+    Impl("native", native("quantize"), _native_why_not),
+    Impl("ref", quantize_ref, always),
+)
 
 
 def row_args(
