@@ -2,7 +2,7 @@ r"""A linear layer of int8 tokens and an int8 weight: integer products, exact on
 
     y[m, n] = act(s[m] sum_g w[n, g] (sum_{k in g} q[m, k] v[n, k]) + bias[n])
 
-The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,152
+The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,144
 columns), so that rows differ in the rounding of what comes after them alone: an inner sum is
 rounded to float32, groups are added in order with fused multiply-adds, and so is the bias.
 """

@@ -297,7 +297,7 @@ def test_gradients():
 
 X, W, T = torch.ones(2, 8), quantize_weight(torch.ones(4, 8), group=4), quantize(torch.ones(2, 8))
 V, S = W.values, W.scale
-BIG = QuantWeight(torch.ones(1, 133153, dtype=torch.int8), torch.ones(1, 1), 8)
+BIG = QuantWeight(torch.ones(1, 133145, dtype=torch.int8), torch.ones(1, 1), 8)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ BIG = QuantWeight(torch.ones(1, 133153, dtype=torch.int8), torch.ones(1, 1), 8)
         ((X, W._replace(scale=S[:3])), {}, r"weight.scale is \[3, 2\], need \[4, G\] with G a div"),
         ((X, W._replace(scale=torch.ones(4, 3))), {}, r"weight.scale is \[4, 3\], need \[4, G\]"),
         ((X, W._replace(scale=torch.ones(4, 0))), {}, r"weight.scale is \[4, 0\], need \[4, G\]"),
-        ((torch.ones(1, 133153), BIG), {}, "133153 columns in 1 groups, need groups of at most"),
+        ((torch.ones(1, 133145), BIG), {}, "133145 columns in 1 groups, need groups of at most"),
         ((X, W, torch.ones(3)), {}, r"bias has shape \[3\], need \[4\]"),
         ((X, W, torch.ones(4).half()), {}, "bias is torch.float16, need torch.float32"),
         ((X, W), {"activation": "relu"}, "activation is 'relu', need None, 'gelu_tanh' or 'silu'"),
