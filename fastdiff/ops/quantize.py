@@ -4,8 +4,11 @@ output channel or group.
     y = act(x) / smooth                         smooth [K]: outlier channels move to the weight
     s = max_k |y_k| / 127,   q = round(y / s)   symmetric, to the nearest, ties to even; |q| <= 127
 
+1 / s is taken as 1 / max times 127, each rounded to float32.
+
 A token of zeros, or below ``TINY``, has s = 0 and q = 0; one with a NaN or an infinity has s = NaN
-and q = 0, so that whatever is made of it is NaN: nothing is hidden in a large number.
+and q = 0, so that whatever is made of it is NaN: nothing is hidden in a large number. Rounding has
+no gradient: where one is asked for, every row refuses.
 
 SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, eq. 4) takes
 ``smooth = max |x_k|^a / max |w_k|^(1 - a)`` and scales the weight's columns by it.
@@ -17,10 +20,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
-from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.dispatch import Impl, _has_tangent, pick, refuse_grad
 from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
 
 LEVELS = 127  # of int8 to either side of 0
@@ -65,10 +69,12 @@ def quantize_ref(x: Tensor, smooth: Tensor | None, activation: str | None) -> tu
     if smooth is not None:
         y = y / smooth.to(y.dtype)
     most = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros(*y.shape[:-1], 1)
-    usable = most.isfinite() & (most >= TINY)
-    inverse = torch.where(usable, LEVELS / torch.where(usable, most, 1.0), 0.0)
+    finite = most.float().isfinite()  # as the scale must be
+    usable = finite & (most >= TINY)
+    inverse = torch.where(usable, most, 1.0).reciprocal() * LEVELS
     q = torch.where(usable, (y * inverse).round().clamp(-LEVELS, LEVELS), 0.0).to(torch.int8)
-    scale = torch.where(most.isfinite(), torch.where(usable, most / LEVELS, 0.0), torch.nan)
+    s = most / torch.full_like(most, LEVELS)  # by a number, GPUs multiply with its inverse
+    scale = torch.where(finite, torch.where(usable, s, 0.0), torch.nan)
     return q, scale.squeeze(-1).float()
 
 
@@ -76,27 +82,41 @@ def _native_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) ->
     return why_not_native(x, gpu="quantize") or refuse_grad(x, smooth)
 
 
+def _ref_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) -> str | None:
+    if _has_tangent((x, smooth)):
+        return "an input has a tangent, and rounding has no derivative"
+    return refuse_grad(x, smooth)  # autograd would give that of the scale alone
+
+
 IMPLS = (
     Impl("native", native("quantize"), _native_why_not),
-    Impl("ref", quantize_ref, always),
+    Impl("ref", quantize_ref, _ref_why_not),
 )
 
 
+def _check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
+    check_tensor(op, "smooth", smooth)
+    check_shape(op, "smooth", smooth, like.shape[-1:])
+    if smooth.device != like.device:
+        raise ValueError(
+            f"{op}: smooth is on {smooth.device}, need {like.device}, the device of {name}"
+        )
+
+
 def row_args(
-    x: Tensor, *, smooth: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    *,
+    smooth: Tensor | None = None,
+    activation: str | None = None,
+    op: str = "quantize",  # that errors name
 ) -> tuple[Tensor, Tensor | None, str | None]:
     """Check the public arguments and give those of a row."""
-    check_tensor("quantize", "x", x)
+    check_tensor(op, "x", x)
     if smooth is not None:
-        check_tensor("quantize", "smooth", smooth)
-        check_shape("quantize", "smooth", smooth, x.shape[-1:])
-        if smooth.device != x.device:
-            raise ValueError(f"quantize: smooth is on {smooth.device}, need {x.device}")
-        smooth = smooth.float()
+        _check_smooth(op, smooth, x, "x")
+        smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"quantize: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'"
-        )
+        raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
     return x, smooth, activation
 
 
@@ -123,10 +143,15 @@ def quantize(
 
     Raises:
         ValueError: a shape, dtype or device differs from the above; the message names it.
-        NoImpl: the forced row refuses; the message says why.
+        NoImpl: the forced row refuses, or a gradient is asked for; the message says why.
     """
     args = row_args(x, smooth=smooth, activation=activation)
     return Quantized(*pick("quantize", IMPLS, impl, *args)(*args), x.dtype)
+
+
+def _holds(condition: Tensor) -> bool:
+    """Looked at where it has a value: not on meta or fake tensors."""
+    return condition.is_meta or isinstance(condition, FakeTensor) or bool(condition)
 
 
 def quantize_weight(
@@ -145,7 +170,7 @@ def quantize_weight(
     """
     check_tensor("quantize_weight", "weight", weight, dim=2)
     rows, columns = weight.shape
-    if bits not in (8, 4):
+    if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"quantize_weight: bits is {bits!r}, need 8 or 4")
     size = columns if group is None else group
     whole = isinstance(size, int) and not isinstance(size, bool)
@@ -155,13 +180,12 @@ def quantize_weight(
         raise ValueError(f"quantize_weight: group is {size}, need an even number with 4 bits")
     w = wide(weight.detach())
     if smooth is not None:
-        check_tensor("quantize_weight", "smooth", smooth)
-        check_shape("quantize_weight", "smooth", smooth, (columns,))
-        if not bool((smooth > 0).all() & smooth.isfinite().all()):
+        _check_smooth("quantize_weight", smooth, weight, "weight")
+        if not _holds((smooth > 0).all() & smooth.isfinite().all()):
             raise ValueError("quantize_weight: smooth has a value that is not above 0 and finite")
-        w = w * smooth.to(w)
-    if not bool(w.isfinite().all()):
-        raise ValueError("quantize_weight: weight has a value that is not finite")
+        w = w * smooth.detach().to(w.dtype)
+    if not _holds(w.float().isfinite().all()):
+        raise ValueError("quantize_weight: weight has a value that is not finite as float32")
     levels = LEVELS if bits == 8 else 7
     grouped = w.view(rows, columns // size if columns else 0, size if columns else 1)
     most = grouped.abs().amax(-1, keepdim=True) if columns else grouped.new_zeros(rows, 0, 1)
@@ -190,7 +214,8 @@ def dequantize_weight(weight: QuantWeight, dtype: torch.dtype = torch.float32) -
     if not columns:
         return q.to(dtype)
     groups = weight.scale.shape[1]
-    return (q.view(rows, groups, -1) * weight.scale[..., None]).view(rows, columns).to(dtype)
+    grouped = q.view(rows, groups, columns // groups)
+    return (grouped * weight.scale[..., None]).view(rows, columns).to(dtype)
 
 
 def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
@@ -204,7 +229,7 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
             f"{op}: weight is {type(weight).__name__}, need a QuantWeight of quantize_weight"
         )
     values, scale, bits = weight
-    if bits not in (8, 4):
+    if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"{op}: weight has {bits!r} bits, need 8 or 4")
     for name, t, dtype in (
         ("values", values, torch.int8 if bits == 8 else torch.uint8),
@@ -227,3 +252,11 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
             f"{op}: weight.scale is {list(scale.shape)}, need [{rows}, G] with G a divisor of "
             f"K {columns}"
         )
+
+
+if hasattr(torch.ops.fastdiff, "quantize"):
+
+    @torch.library.register_fake("fastdiff::quantize")
+    def _(x: Tensor, smooth: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+        q = x.new_empty(x.shape, dtype=torch.int8)
+        return q, x.new_empty(x.shape[:-1], dtype=torch.float32)
