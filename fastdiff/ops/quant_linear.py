@@ -44,8 +44,9 @@ def quant_linear_ref(
     groups = scale.shape[1]
     rows, columns = values.shape
     lead = q.shape[:-1]
-    x = q.reshape(-1, groups, columns // groups if groups else 0).double()
-    w = values.view(rows, groups, -1 if columns else 0).double()
+    size = columns // groups if groups else 0
+    x = q.reshape(s.numel(), groups, size).double()
+    w = values.view(rows, groups, size).double()
     sums = torch.einsum("mgk,ngk->mng", x, w).float().double()
     y = s.reshape(-1, 1).double() * (sums * scale.double()).sum(-1)
     if bias is not None:

@@ -190,7 +190,7 @@ def dequantize_weight(weight: QuantWeight, dtype: torch.dtype = torch.float32) -
     if not columns:
         return q.to(dtype)
     groups = weight.scale.shape[1]
-    return (q.view(rows, groups, -1) * weight.scale[..., None]).view(rows, columns).to(dtype)
+    return (q.view(rows, groups, columns // groups) * weight.scale[..., None]).view(rows, columns).to(dtype)
 
 
 def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
