@@ -5,6 +5,9 @@ r"""A linear layer of int8 tokens and an int8 weight: integer products, exact on
 The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,152
 columns), so that rows differ in the rounding of what comes after them alone: an inner sum is
 rounded to float32, groups are added in order with fused multiply-adds, and so is the bias.
+
+Tokens and weight may both be float8_e4m3fn instead: an inner sum is then one of float32, whose
+order differs between rows.
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff._native import native, why_not_native
+from fastdiff._native import DTYPES, native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_like, check_shape
 from fastdiff.ops.quantize import (
     ACTIVATIONS,
-    QuantWeight,
+    FLOAT8,
     Quantized,
+    QuantWeight,
     check_weight,
     quantize,
     unpacked,
+    why_not_float8,
 )
 
 MOST_COLUMNS = (2**31 - 1) // 127**2  # of a group
@@ -39,8 +45,8 @@ def quant_linear_ref(
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The specification: integer sums in float64, which holds them exactly; one rounding at the
-    end."""
+    """The specification: inner sums in float64, which holds integers exactly, rounded to float32;
+    one rounding at the end."""
     groups = scale.shape[1]
     rows, columns = values.shape
     lead = q.shape[:-1]
@@ -57,13 +63,27 @@ def quant_linear_ref(
 
 
 def _native_why_not(
-    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *_: Any
+    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any
 ) -> str | None:
+    if q.dtype != torch.int8:
+        return f"native kernels take int8, x is {q.dtype}"
+    if rest[-1] not in DTYPES:
+        return f"dtype {rest[-1]} of the result is not one of {', '.join(map(str, DTYPES))}"
     return why_not_native(bias, s, gpu="quant_linear") or refuse_grad(bias)
+
+
+def _triton_why_not(
+    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any
+) -> str | None:
+    if rest[-1] not in DTYPES:
+        return f"dtype {rest[-1]} of the result is not one of {', '.join(map(str, DTYPES))}"
+    reason = why_not_triton(bias, s) or refuse_grad(bias)
+    return reason or (None if q.dtype == torch.int8 else why_not_float8(q.device))
 
 
 IMPLS = (
     Impl("native", native("quant_linear"), _native_why_not),
+    Impl("triton", triton_row("quant_linear"), _triton_why_not),
     Impl("ref", quant_linear_ref, always),
 )
 
@@ -80,17 +100,19 @@ def row_args(
     if not isinstance(x, Quantized):
         raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")
     q, s, dtype = x
-    if q.dtype != torch.int8 or s.dtype != torch.float32 or q.dim() < 1:
+    if q.dtype not in (torch.int8, FLOAT8) or s.dtype != torch.float32 or q.dim() < 1:
         raise ValueError(
-            f"{op}: x is {q.dtype} {list(q.shape)} with scale {s.dtype}, need torch.int8 [..., K] "
-            "with scale torch.float32"
+            f"{op}: x is {q.dtype} {list(q.shape)} with scale {s.dtype}, need torch.int8 (or "
+            f"{FLOAT8}) [..., K] with scale torch.float32"
         )
     check_shape(op, "x.scale", s, q.shape[:-1])
     check_weight(op, weight, q.device)
+    if (weight.values.dtype == FLOAT8) != (q.dtype == FLOAT8):
+        raise ValueError(f"{op}: weight.values is {weight.values.dtype}, x is {q.dtype}")
     rows, columns = weight.shape
     if q.shape[-1] != columns:
         raise ValueError(f"{op}: weight is {[rows, columns]}, need [N, {q.shape[-1]}]")
-    if columns > MOST_COLUMNS * weight.scale.shape[1]:
+    if q.dtype == torch.int8 and columns > MOST_COLUMNS * weight.scale.shape[1]:
         raise ValueError(
             f"{op}: weight has {columns} columns in {weight.scale.shape[1]} groups, need groups of "
             f"at most {MOST_COLUMNS}, or int32 sums overflow"
@@ -121,7 +143,8 @@ def quant_linear(
 
     Args:
         x: ``[..., K]`` floats, which are quantised here, or :class:`Quantized` tokens.
-        weight: of :func:`quantize_weight`; those of 4 bits are widened to int8 here.
+        weight: of :func:`quantize_weight`; those of 4 bits are widened to int8 here. Tokens are of
+            its dtype (int8 with 4 bits): float8_e4m3fn on the rows "triton" and "ref".
         bias: ``[N]``, dtype and device of ``x``; None for 0.
         activation: None, "gelu_tanh" or "silu".
         smooth: ``[K]``, as the weight was made with; of floats alone.
@@ -136,7 +159,8 @@ def quant_linear(
         NoImpl: the forced row refuses; the message says why.
     """
     if isinstance(x, Tensor):
-        x = quantize(x, smooth=smooth)
+        float8 = getattr(getattr(weight, "values", None), "dtype", None) == FLOAT8
+        x = quantize(x, smooth=smooth, dtype=FLOAT8 if float8 else torch.int8)
     elif smooth is not None:
         raise ValueError("quant_linear: smooth is given with tokens that are quantised already")
     args = row_args(x, weight, bias, activation=activation)
