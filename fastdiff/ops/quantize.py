@@ -1,5 +1,5 @@
-r"""Activations as int8 with one scale a token, and weights as int8 or 4 bits with one scale an
-output channel or group.
+r"""Activations as int8 (or float8_e4m3fn) with one scale a token, and weights as int8, 4 bits (or
+float8_e4m3fn) with one scale an output channel or group.
 
     y = act(x) / smooth                         smooth [K]: outlier channels move to the weight
     s = max_k |y_k| / 127,   q = round(y / s)   symmetric, to the nearest, ties to even; |q| <= 127
@@ -12,11 +12,14 @@ no gradient: where one is asked for, every row refuses.
 
 SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, eq. 4) takes
 ``smooth = max |x_k|^a / max |w_k|^(1 - a)`` and scales the weight's columns by it.
+
+In float8_e4m3fn (4 bits of exponent, 3 of fraction; Micikevicius et al. 2022, arXiv:2209.05433)
+448, its largest value, takes the place of 127, and y / s is rounded to its values, ties to even.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +28,20 @@ from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
 from fastdiff.dispatch import Impl, _has_tangent, pick, refuse_grad
+from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
 
 LEVELS = 127  # of int8 to either side of 0
 TINY = 127 * 2.0**-126  # below it 127 / max is no float32
+FLOAT8 = torch.float8_e4m3fn
+MOST_FLOAT8 = 448  # its largest value
+TINY_FLOAT8 = 448 * 2.0**-126
 ACTIVATIONS = (None, "gelu_tanh", "silu")
 
 
 class Quantized(NamedTuple):
-    """Tokens: ``values`` int8 ``[..., K]``, ``scale`` float32 ``[...]``; ``dtype`` is that which
-    they had."""
+    """Tokens: ``values`` int8 or float8_e4m3fn ``[..., K]``, ``scale`` float32 ``[...]``; ``dtype``
+    is that which they had."""
 
     values: Tensor
     scale: Tensor
@@ -45,8 +52,8 @@ class QuantWeight(NamedTuple):
     """A weight ``[N, K]``.
 
     Attributes:
-        values: int8 ``[N, K]``; of 4 bits uint8 ``[N, K / 2]``, the even column in the low half,
-            each plus 8.
+        values: int8 or float8_e4m3fn ``[N, K]``; of 4 bits uint8 ``[N, K / 2]``, the even column
+            in the low half, each plus 8.
         scale: float32 ``[N, G]``: of G groups of K / G columns.
         bits: 8 or 4.
     """
@@ -61,8 +68,11 @@ class QuantWeight(NamedTuple):
         return self.values.shape[0], self.values.shape[1] * (8 // self.bits)
 
 
-def quantize_ref(x: Tensor, smooth: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+def quantize_ref(
+    x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     """The specification: float32 inside (float64 for float64 ``x``)."""
+    levels, tiny = (LEVELS, TINY) if dtype == torch.int8 else (MOST_FLOAT8, TINY_FLOAT8)
     y = wide(x)
     if activation is not None:
         y = F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else F.silu(y)
@@ -70,19 +80,44 @@ def quantize_ref(x: Tensor, smooth: Tensor | None, activation: str | None) -> tu
         y = y / smooth.to(y.dtype)
     most = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros(*y.shape[:-1], 1)
     finite = most.float().isfinite()  # as the scale must be
-    usable = finite & (most >= TINY)
-    inverse = torch.where(usable, most, 1.0).reciprocal() * LEVELS
-    q = torch.where(usable, (y * inverse).round().clamp(-LEVELS, LEVELS), 0.0).to(torch.int8)
-    s = most / torch.full_like(most, LEVELS)  # by a number, GPUs multiply with its inverse
+    usable = finite & (most >= tiny)
+    v = y * (torch.where(usable, most, 1.0).reciprocal() * levels)
+    v = v.round() if dtype == torch.int8 else v
+    q = torch.where(usable, v.clamp(-levels, levels), 0.0).to(dtype)
+    s = most / torch.full_like(most, levels)  # by a number, GPUs multiply with its inverse
     scale = torch.where(finite, torch.where(usable, s, 0.0), torch.nan)
     return q, scale.squeeze(-1).float()
 
 
-def _native_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) -> str | None:
+def why_not_float8(device: torch.device) -> str | None:
+    """The sentence why a GPU has no products of float8_e4m3fn, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "dtype is float8_e4m3fn, which no AMD GPU is compiled for here"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 9):
+        return None
+    return f"float8_e4m3fn needs compute capability 8.9 or above, {device} has {major}.{minor}"
+
+
+# A row's dtype is given where it is not int8.
+def _native_why_not(
+    x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
+) -> str | None:
+    if dtype != torch.int8:
+        return f"native kernels give int8, dtype is {dtype}"
     return why_not_native(x, gpu="quantize") or refuse_grad(x, smooth)
 
 
-def _ref_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) -> str | None:
+def _triton_why_not(
+    x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
+) -> str | None:
+    reason = why_not_triton(x) or refuse_grad(x, smooth)
+    return reason or (None if dtype == torch.int8 else why_not_float8(x.device))
+
+
+def _ref_why_not(x: Tensor, smooth: Tensor | None, *_: Any) -> str | None:
     if _has_tangent((x, smooth)):
         return "an input has a tangent, and rounding has no derivative"
     return refuse_grad(x, smooth)  # autograd would give that of the scale alone
@@ -90,6 +125,7 @@ def _ref_why_not(x: Tensor, smooth: Tensor | None, activation: str | None) -> st
 
 IMPLS = (
     Impl("native", native("quantize"), _native_why_not),
+    Impl("triton", triton_row("quantize"), _triton_why_not),
     Impl("ref", quantize_ref, _ref_why_not),
 )
 
@@ -103,13 +139,20 @@ def _check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
         )
 
 
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    """``dtype`` is int8 or float8_e4m3fn."""
+    if dtype not in (torch.int8, FLOAT8):
+        raise ValueError(f"{op}: dtype is {dtype!r}, need torch.int8 or {FLOAT8}")
+
+
 def row_args(
     x: Tensor,
     *,
     smooth: Tensor | None = None,
     activation: str | None = None,
+    dtype: torch.dtype = torch.int8,
     op: str = "quantize",  # that errors name
-) -> tuple[Tensor, Tensor | None, str | None]:
+) -> tuple[Any, ...]:
     """Check the public arguments and give those of a row."""
     check_tensor(op, "x", x)
     if smooth is not None:
@@ -117,7 +160,8 @@ def row_args(
         smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
-    return x, smooth, activation
+    check_dtype(op, dtype)
+    return (x, smooth, activation) if dtype == torch.int8 else (x, smooth, activation, dtype)
 
 
 TABLES = {"quantize": (IMPLS, row_args)}
@@ -128,6 +172,7 @@ def quantize(
     *,
     smooth: Tensor | None = None,
     activation: str | None = None,
+    dtype: torch.dtype = torch.int8,
     impl: str | None = None,
 ) -> Quantized:
     """``x`` as int8 with one scale for each token.
@@ -136,6 +181,7 @@ def quantize(
         x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
         smooth: ``[K]``, what channels are divided by; None for 1.
         activation: None, "gelu_tanh" or "silu", applied before.
+        dtype: int8 or float8_e4m3fn (rows "triton" and "ref").
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
 
     Returns:
@@ -145,7 +191,7 @@ def quantize(
         ValueError: a shape, dtype or device differs from the above; the message names it.
         NoImpl: the forced row refuses, or a gradient is asked for; the message says why.
     """
-    args = row_args(x, smooth=smooth, activation=activation)
+    args = row_args(x, smooth=smooth, activation=activation, dtype=dtype)
     return Quantized(*pick("quantize", IMPLS, impl, *args)(*args), x.dtype)
 
 
@@ -155,15 +201,21 @@ def _holds(condition: Tensor) -> bool:
 
 
 def quantize_weight(
-    weight: Tensor, *, bits: int = 8, group: int | None = None, smooth: Tensor | None = None
+    weight: Tensor,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    smooth: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
 ) -> QuantWeight:
-    """A weight as integers, once, when it is loaded; plain torch.
+    """A weight as integers or float8_e4m3fn, once, when it is loaded; plain torch.
 
     Args:
         weight: ``[N, K]`` floats, finite.
         bits: 8 (127 levels to either side) or 4 (7).
         group: columns that share a scale, a divisor of K (and even, with 4 bits); None: all.
         smooth: ``[K]`` above 0, what columns are multiplied by before.
+        dtype: of 8 bits, int8 or float8_e4m3fn.
 
     Raises:
         ValueError: an argument does not fit, or a value is not finite.
@@ -172,6 +224,9 @@ def quantize_weight(
     rows, columns = weight.shape
     if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"quantize_weight: bits is {bits!r}, need 8 or 4")
+    check_dtype("quantize_weight", dtype)
+    if bits == 4 and dtype != torch.int8:
+        raise ValueError(f"quantize_weight: dtype is {dtype} with 4 bits, need torch.int8")
     size = columns if group is None else group
     whole = isinstance(size, int) and not isinstance(size, bool)
     if not whole or (columns and (size < 1 or columns % size)):
@@ -186,13 +241,15 @@ def quantize_weight(
         w = w * smooth.detach().to(w.dtype)
     if not _holds(w.float().isfinite().all()):
         raise ValueError("quantize_weight: weight has a value that is not finite as float32")
-    levels = LEVELS if bits == 8 else 7
+    eight = dtype == FLOAT8
+    levels = MOST_FLOAT8 if eight else LEVELS if bits == 8 else 7
     grouped = w.view(rows, columns // size if columns else 0, size if columns else 1)
     most = grouped.abs().amax(-1, keepdim=True) if columns else grouped.new_zeros(rows, 0, 1)
-    usable = most >= TINY
+    usable = most >= (TINY_FLOAT8 if eight else TINY)
     scale = torch.where(usable, most / levels, 0.0)
-    q = (grouped / torch.where(usable, scale, 1.0)).round().clamp(-levels, levels)
-    q = torch.where(usable, q, 0.0).view(rows, columns).to(torch.int8)
+    q = grouped / torch.where(usable, scale, 1.0)
+    q = (q if eight else q.round()).clamp(-levels, levels)
+    q = torch.where(usable, q, 0.0).view(rows, columns).to(dtype)
     if bits == 4:
         pairs = (q + 8).to(torch.uint8).view(rows, columns // 2, 2)
         q = pairs[..., 0] | pairs[..., 1] << 4
@@ -200,7 +257,7 @@ def quantize_weight(
 
 
 def unpacked(weight: QuantWeight) -> Tensor:
-    """The integers of a weight, int8 ``[N, K]``."""
+    """The integers of a weight, int8 ``[N, K]``; or its values of float8_e4m3fn."""
     if weight.bits == 8:
         return weight.values
     low, high = weight.values & 15, weight.values >> 4
@@ -231,8 +288,9 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
     values, scale, bits = weight
     if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"{op}: weight has {bits!r} bits, need 8 or 4")
+    eight = bits == 8 and isinstance(values, Tensor) and values.dtype == FLOAT8
     for name, t, dtype in (
-        ("values", values, torch.int8 if bits == 8 else torch.uint8),
+        ("values", values, FLOAT8 if eight else torch.int8 if bits == 8 else torch.uint8),
         ("scale", scale, torch.float32),
     ):
         if not isinstance(t, Tensor) or t.dtype != dtype or t.dim() != 2 or t.device != device:
