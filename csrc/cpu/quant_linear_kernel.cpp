@@ -49,13 +49,20 @@ FD_INLINE Vec floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 FD_INLINE __m256i halves(Ints v) { return v; }
 #endif
 
+// In a register, as it is: else GCC adds up products of several steps before the sums, which then
+// are in memory.
+FD_INLINE Ints kept(Ints v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
 // The parts in which lanes of four are multiplied, and what to add to a group's sums: `offset` of
 // the lanes' sums of x.
 #ifdef __AVX512VNNI__
 constexpr int kParts = 1;
 FD_INLINE Ints of_weight(Ints w, int) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 FD_INLINE Ints of_row(Ints x, int) { return x; }
-FD_INLINE Ints dot(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
+FD_INLINE Ints dot(Ints sum, Ints w, Ints x) { return kept(_mm512_dpbusd_epi32(sum, w, x)); }
 FD_INLINE int32_t offset(Ints x) {  // wraps like the sums that it is added to
   const Ints sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
   return -128 * _mm512_reduce_add_epi32(sums);
@@ -66,17 +73,14 @@ constexpr int kParts = 2;
 FD_INLINE Ints of_weight(Ints w, int part) {
   return _mm512_srai_epi16(part ? w : _mm512_slli_epi16(w, 8), 8);
 }
-FD_INLINE Ints dot(Ints sum, Ints w, Ints x) {
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
-}
+FD_INLINE Ints products(Ints w, Ints x) { return _mm512_madd_epi16(w, x); }
 #else
 FD_INLINE Ints of_weight(Ints w, int part) {
   return _mm256_srai_epi16(part ? w : _mm256_slli_epi16(w, 8), 8);
 }
-FD_INLINE Ints dot(Ints sum, Ints w, Ints x) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
-}
+FD_INLINE Ints products(Ints w, Ints x) { return _mm256_madd_epi16(w, x); }
 #endif
+FD_INLINE Ints dot(Ints sum, Ints w, Ints x) { return kept(add_ints(sum, products(w, x))); }
 FD_INLINE Ints of_row(Ints x, int part) { return of_weight(x, part); }
 FD_INLINE int32_t offset(Ints) { return 0; }
 #endif
@@ -299,19 +303,24 @@ void dots(const Rows& rows, int64_t first, int64_t n, float* c) {
   for (int i = 0; i < M; ++i) total[i] = _mm_setzero_ps();
   const int32_t* x = rows.x.data + first * rows.pitch;
   for (int64_t g = 0; g < a.G; ++g) {
+    // What lies past a group's end is multiplied by 0, if it can be read at all.
+    const int64_t at = g * rows.size;
+    const bool ends = end - (w[kQuad - 1] + at) < rows.vectors * kBytes;
+    const int64_t whole = ends ? rows.size / kBytes : rows.vectors;
+    alignas(64) int8_t rest[kQuad][kBytes];
+    if (whole < rows.vectors)
+      for (int j = 0; j < kQuad; ++j)
+        lanes<Quads>(w[j] + at + whole * kBytes, rows.size - whole * kBytes)
+            .store(reinterpret_cast<float*>(rest[j]));
     Ints sum[M][kQuad];
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kQuad; ++j) sum[i][j] = all_ints(0);
-    for (int64_t k = 0; k < rows.size; k += kBytes, x += kParts * W) {
+    const auto step = [&](const int8_t* const(&from)[kQuad]) {
 #pragma GCC unroll 4
       for (int j = 0; j < kQuad; ++j) {
-        const int8_t* from = w[j] + g * rows.size + k;
-        _mm_prefetch(reinterpret_cast<const char*>(from + kQuad * a.K), _MM_HINT_T0);
-        // What lies past a group's end is multiplied by 0, if it can be read at all.
-        const Ints v =
-            end - from >= kBytes ? load_ints(from) : bits(lanes<Quads>(from, end - from));
+        const Ints v = load_ints(from[j]);
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) {
           const Ints u = of_weight(v, p);
@@ -320,7 +329,15 @@ void dots(const Rows& rows, int64_t first, int64_t n, float* c) {
             sum[i][j] = dot(sum[i][j], u, load_ints(x + i * rows.pitch + p * W));
         }
       }
+      x += kParts * W;
+    };
+    for (int64_t k = 0; k < whole * kBytes; k += kBytes) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kQuad; ++j)
+        _mm_prefetch(reinterpret_cast<const char*>(w[j] + at + k + kQuad * a.K), _MM_HINT_T0);
+      step({w[0] + at + k, w[1] + at + k, w[2] + at + k, w[3] + at + k});
     }
+    if (whole < rows.vectors) step({rest[0], rest[1], rest[2], rest[3]});
     const __m128 s = _mm_setr_ps(scale[0][g], scale[1][g], scale[2][g], scale[3][g]);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
