@@ -17,6 +17,14 @@ from fastdiff.ops.linear import linear
 from fastdiff.ops.lora import lora_add, lora_linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
+from fastdiff.ops.quant_linear import quant_linear
+from fastdiff.ops.quantize import (
+    Quantized,
+    QuantWeight,
+    dequantize_weight,
+    quantize,
+    quantize_weight,
+)
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.sparse_adamw import sparse_adamw_
@@ -33,6 +41,8 @@ from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 __all__ = [
     "GroupBias",
     "Noise",
+    "QuantWeight",
+    "Quantized",
     "Routing",
     "SparseIndex",
     "aggregate_features",
@@ -40,6 +50,7 @@ __all__ = [
     "attention",
     "axial_rope",
     "conv3x3",
+    "dequantize_weight",
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
@@ -58,6 +69,9 @@ __all__ = [
     "moe_route",
     "philox_normal",
     "qk_norm_rope",
+    "quant_linear",
+    "quantize",
+    "quantize_weight",
     "rope_table",
     "scale_shift",
     "scale_shift_backward",

@@ -85,11 +85,9 @@ def quantize_ref(
 
 
 def why_not_float8(device: torch.device) -> str | None:
-    """The sentence why a GPU has no products of float8_e4m3fn, or None."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """The sentence why Triton does not compile float8_e4m3fn for a GPU, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return None
-    if torch.version.hip:
-        return "dtype is float8_e4m3fn, which no AMD GPU is compiled for here"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= (8, 9):
         return None
