@@ -80,6 +80,12 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "moe_route": lambda new: (new(256, 8), 2),
     "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
+    "quant_linear": lambda new: (
+        new(2, 256, 384),
+        ops.QuantWeight(new(1536, 384, dtype=torch.int8), new(1536, 1, dtype=torch.float32), 8),
+        new(1536),
+    ),
+    "quantize": lambda new: (new(2, 256, 384),),
     "scale_shift": lambda new: (new(2, 256, 384), new(384), new(384)),
     "scale_shift_backward": lambda new: (new(2, 256, 384), new(2, 256, 384), new(384)),
     "scatter_tokens": lambda new: (

@@ -69,7 +69,7 @@ void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
       continue;
     }
     a.s[row] = largest / kLevels;
-    const Vec inverse(kLevels / largest);
+    const Vec inverse(1.0f / largest * kLevels);
     each(a.dim, [&](int64_t i, auto part) {
       const Vec y = plain ? part.load(x + i) : part.load(kept.data + i);
       store_rounded(y * inverse, q + i, a.dim - i < W ? int(a.dim - i) : W);

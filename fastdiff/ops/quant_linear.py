@@ -2,7 +2,7 @@ r"""A linear layer of int8 tokens and an int8 weight: integer products, exact on
 
     y[m, n] = act(s[m] sum_g w[n, g] (sum_{k in g} q[m, k] v[n, k]) + bias[n])
 
-The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,152
+The inner sums are integers (at most 127^2 K / G: int32 holds those of groups up to 133,144
 columns), so that rows differ in the rounding of what comes after them alone: an inner sum is
 rounded to float32, groups are added in order with fused multiply-adds, and so is the bias.
 
@@ -11,8 +11,6 @@ order differs between rows.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +26,11 @@ from fastdiff.ops.quantize import (
     Quantized,
     QuantWeight,
     check_weight,
-    quantize,
     unpacked,
     why_not_float8,
 )
+from fastdiff.ops.quantize import IMPLS as TOKENS
+from fastdiff.ops.quantize import row_args as token_args
 
 MOST_COLUMNS = (2**31 - 1) // 127**2  # of a group
 
@@ -45,8 +44,8 @@ def quant_linear_ref(
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The specification: inner sums in float64, which holds integers exactly, rounded to float32;
-    one rounding at the end."""
+    """The specification: integer sums in float64, which holds them exactly; one rounding at the
+    end."""
     groups = scale.shape[1]
     rows, columns = values.shape
     lead = q.shape[:-1]
@@ -63,21 +62,34 @@ def quant_linear_ref(
 
 
 def _native_why_not(
-    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any
+    q: Tensor,
+    s: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> str | None:
     if q.dtype != torch.int8:
         return f"native kernels take int8, x is {q.dtype}"
-    if rest[-1] not in DTYPES:
-        return f"dtype {rest[-1]} of the result is not one of {', '.join(map(str, DTYPES))}"
-    return why_not_native(bias, s, gpu="quant_linear") or refuse_grad(bias)
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    why = why_not_native(s, scale, bias, gpu="quant_linear")
+    return why or refuse_grad(s, scale, bias)
 
 
 def _triton_why_not(
-    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any
+    q: Tensor,
+    s: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> str | None:
-    if rest[-1] not in DTYPES:
-        return f"dtype {rest[-1]} of the result is not one of {', '.join(map(str, DTYPES))}"
-    reason = why_not_triton(bias, s) or refuse_grad(bias)
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    reason = why_not_triton(s, scale, bias) or refuse_grad(s, scale, bias)
     return reason or (None if q.dtype == torch.int8 else why_not_float8(q.device))
 
 
@@ -89,16 +101,24 @@ IMPLS = (
 
 
 def row_args(
-    x: Quantized,
+    x: Tensor | Quantized,
     weight: QuantWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    smooth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str | None, torch.dtype]:
-    """Check the public arguments and give those of a row."""
+    """Check the public arguments and give those of a row; floats are quantised here."""
     op = "quant_linear"
-    if not isinstance(x, Quantized):
+    if isinstance(x, Tensor):
+        of_weight = getattr(getattr(weight, "values", None), "dtype", None)
+        of_tokens = FLOAT8 if of_weight == FLOAT8 else torch.int8
+        tokens = token_args(x, smooth=smooth, dtype=of_tokens, op=op)
+        x = Quantized(*pick("quantize", TOKENS, None, *tokens)(*tokens), x.dtype)
+    elif not isinstance(x, Quantized):
         raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")
+    elif smooth is not None:
+        raise ValueError(f"{op}: smooth is given with tokens that are quantised already")
     q, s, dtype = x
     if q.dtype not in (torch.int8, FLOAT8) or s.dtype != torch.float32 or q.dim() < 1:
         raise ValueError(
@@ -106,6 +126,8 @@ def row_args(
             f"{FLOAT8}) [..., K] with scale torch.float32"
         )
     check_shape(op, "x.scale", s, q.shape[:-1])
+    if s.device != q.device:
+        raise ValueError(f"{op}: x.scale is on {s.device}, need {q.device}, the device of x.values")
     check_weight(op, weight, q.device)
     if (weight.values.dtype == FLOAT8) != (q.dtype == FLOAT8):
         raise ValueError(f"{op}: weight.values is {weight.values.dtype}, x is {q.dtype}")
@@ -146,7 +168,7 @@ def quant_linear(
         weight: of :func:`quantize_weight`; those of 4 bits are widened to int8 here. Tokens are of
             its dtype (int8 with 4 bits): float8_e4m3fn on the rows "triton" and "ref".
         bias: ``[N]``, dtype and device of ``x``; None for 0.
-        activation: None, "gelu_tanh" or "silu".
+        activation: None, "gelu_tanh" or "silu", applied after.
         smooth: ``[K]``, as the weight was made with; of floats alone.
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
 
@@ -158,11 +180,21 @@ def quant_linear(
         ValueError: a shape, dtype or device differs from the above; the message names it.
         NoImpl: the forced row refuses; the message says why.
     """
-    if isinstance(x, Tensor):
-        float8 = getattr(getattr(weight, "values", None), "dtype", None) == FLOAT8
-        x = quantize(x, smooth=smooth, dtype=FLOAT8 if float8 else torch.int8)
-    elif smooth is not None:
-        raise ValueError("quant_linear: smooth is given with tokens that are quantised already")
-    args = row_args(x, weight, bias, activation=activation)
+    args = row_args(x, weight, bias, activation=activation, smooth=smooth)
     out: Tensor = pick("quant_linear", IMPLS, impl, *args)(*args)
     return out
+
+
+if hasattr(torch.ops.fastdiff, "quant_linear"):
+
+    @torch.library.register_fake("fastdiff::quant_linear")
+    def _(
+        q: Tensor,
+        s: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return q.new_empty((*q.shape[:-1], values.shape[0]), dtype=dtype)

@@ -4,8 +4,11 @@ float8_e4m3fn) with one scale an output channel or group.
     y = act(x) / smooth                         smooth [K]: outlier channels move to the weight
     s = max_k |y_k| / 127,   q = round(y / s)   symmetric, to the nearest, ties to even; |q| <= 127
 
+1 / s is taken as 1 / max times 127, each rounded to float32.
+
 A token of zeros, or below ``TINY``, has s = 0 and q = 0; one with a NaN or an infinity has s = NaN
-and q = 0, so that whatever is made of it is NaN: nothing is hidden in a large number.
+and q = 0, so that whatever is made of it is NaN: nothing is hidden in a large number. Rounding has
+no gradient: where one is asked for, every row refuses.
 
 SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, eq. 4) takes
 ``smooth = max |x_k|^a / max |w_k|^(1 - a)`` and scales the weight's columns by it.
@@ -20,10 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
-from fastdiff.dispatch import Impl, always, pick, refuse_grad
+from fastdiff.dispatch import Impl, _has_tangent, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
 
@@ -64,6 +68,7 @@ class QuantWeight(NamedTuple):
         return self.values.shape[0], self.values.shape[1] * (8 // self.bits)
 
 
+# The dtype of a row's result is given where it is not int8.
 def quantize_ref(
     x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
@@ -75,12 +80,13 @@ def quantize_ref(
     if smooth is not None:
         y = y / smooth.to(y.dtype)
     most = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros(*y.shape[:-1], 1)
-    usable = most.isfinite() & (most >= tiny)
-    inverse = torch.where(usable, levels / torch.where(usable, most, 1.0), 0.0)
-    v = y * inverse
+    finite = most.float().isfinite()  # as the scale must be
+    usable = finite & (most >= tiny)
+    v = y * (torch.where(usable, most, 1.0).reciprocal() * levels)
     v = v.round() if dtype == torch.int8 else v
     q = torch.where(usable, v.clamp(-levels, levels), 0.0).to(dtype)
-    scale = torch.where(most.isfinite(), torch.where(usable, most / levels, 0.0), torch.nan)
+    s = most / torch.full_like(most, levels)  # by a number, GPUs multiply with its inverse
+    scale = torch.where(finite, torch.where(usable, s, 0.0), torch.nan)
     return q, scale.squeeze(-1).float()
 
 
@@ -94,7 +100,6 @@ def why_not_float8(device: torch.device) -> str | None:
     return f"float8_e4m3fn needs compute capability 8.9 or above, {device} has {major}.{minor}"
 
 
-# A row's dtype is given where it is not int8.
 def _native_why_not(
     x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
 ) -> str | None:
@@ -110,15 +115,29 @@ def _triton_why_not(
     return reason or (None if dtype == torch.int8 else why_not_float8(x.device))
 
 
+def _ref_why_not(x: Tensor, smooth: Tensor | None, *_: Any) -> str | None:
+    if _has_tangent((x, smooth)):
+        return "an input has a tangent, and rounding has no derivative"
+    return refuse_grad(x, smooth)  # autograd would give that of the scale alone
+
+
 IMPLS = (
     Impl("native", native("quantize"), _native_why_not),
     Impl("triton", triton_row("quantize"), _triton_why_not),
-    Impl("ref", quantize_ref, always),
+    Impl("ref", quantize_ref, _ref_why_not),
 )
 
 
-def check_dtype(op: str, dtype: torch.dtype) -> None:
-    """``dtype`` is int8 or float8_e4m3fn."""
+def _check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
+    check_tensor(op, "smooth", smooth)
+    check_shape(op, "smooth", smooth, like.shape[-1:])
+    if smooth.device != like.device:
+        raise ValueError(
+            f"{op}: smooth is on {smooth.device}, need {like.device}, the device of {name}"
+        )
+
+
+def _check_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.int8, FLOAT8):
         raise ValueError(f"{op}: dtype is {dtype!r}, need torch.int8 or {FLOAT8}")
 
@@ -129,20 +148,16 @@ def row_args(
     smooth: Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype = torch.int8,
+    op: str = "quantize",  # that errors name
 ) -> tuple[Any, ...]:
     """Check the public arguments and give those of a row."""
-    check_tensor("quantize", "x", x)
+    check_tensor(op, "x", x)
     if smooth is not None:
-        check_tensor("quantize", "smooth", smooth)
-        check_shape("quantize", "smooth", smooth, x.shape[-1:])
-        if smooth.device != x.device:
-            raise ValueError(f"quantize: smooth is on {smooth.device}, need {x.device}")
-        smooth = smooth.float()
+        _check_smooth(op, smooth, x, "x")
+        smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"quantize: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'"
-        )
-    check_dtype("quantize", dtype)
+        raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
+    _check_dtype(op, dtype)
     return (x, smooth, activation) if dtype == torch.int8 else (x, smooth, activation, dtype)
 
 
@@ -157,7 +172,7 @@ def quantize(
     dtype: torch.dtype = torch.int8,
     impl: str | None = None,
 ) -> Quantized:
-    """``x`` as int8 with one scale for each token.
+    """``x`` as int8 (or float8_e4m3fn) with one scale for each token.
 
     Args:
         x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
@@ -171,10 +186,15 @@ def quantize(
 
     Raises:
         ValueError: a shape, dtype or device differs from the above; the message names it.
-        NoImpl: the forced row refuses; the message says why.
+        NoImpl: the forced row refuses, or a gradient is asked for; the message says why.
     """
     args = row_args(x, smooth=smooth, activation=activation, dtype=dtype)
     return Quantized(*pick("quantize", IMPLS, impl, *args)(*args), x.dtype)
+
+
+def _holds(condition: Tensor) -> bool:
+    """Looked at where it has a value: not on meta or fake tensors."""
+    return condition.is_meta or isinstance(condition, FakeTensor) or bool(condition)
 
 
 def quantize_weight(
@@ -199,9 +219,9 @@ def quantize_weight(
     """
     check_tensor("quantize_weight", "weight", weight, dim=2)
     rows, columns = weight.shape
-    if bits not in (8, 4):
+    if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"quantize_weight: bits is {bits!r}, need 8 or 4")
-    check_dtype("quantize_weight", dtype)
+    _check_dtype("quantize_weight", dtype)
     if bits == 4 and dtype != torch.int8:
         raise ValueError(f"quantize_weight: dtype is {dtype} with 4 bits, need torch.int8")
     size = columns if group is None else group
@@ -212,13 +232,12 @@ def quantize_weight(
         raise ValueError(f"quantize_weight: group is {size}, need an even number with 4 bits")
     w = wide(weight.detach())
     if smooth is not None:
-        check_tensor("quantize_weight", "smooth", smooth)
-        check_shape("quantize_weight", "smooth", smooth, (columns,))
-        if not bool((smooth > 0).all() & smooth.isfinite().all()):
+        _check_smooth("quantize_weight", smooth, weight, "weight")
+        if not _holds((smooth > 0).all() & smooth.isfinite().all()):
             raise ValueError("quantize_weight: smooth has a value that is not above 0 and finite")
-        w = w * smooth.to(w)
-    if not bool(w.isfinite().all()):
-        raise ValueError("quantize_weight: weight has a value that is not finite")
+        w = w * smooth.detach().to(w.dtype)
+    if not _holds(w.float().isfinite().all()):
+        raise ValueError("quantize_weight: weight has a value that is not finite as float32")
     eight = dtype == FLOAT8
     levels = MOST_FLOAT8 if eight else LEVELS if bits == 8 else 7
     grouped = w.view(rows, columns // size if columns else 0, size if columns else 1)
@@ -248,7 +267,8 @@ def dequantize_weight(weight: QuantWeight, dtype: torch.dtype = torch.float32) -
     q = unpacked(weight).float()
     if not columns:
         return q.to(dtype)
-    grouped = q.view(rows, weight.scale.shape[1], columns // weight.scale.shape[1])
+    groups = weight.scale.shape[1]
+    grouped = q.view(rows, groups, columns // groups)
     return (grouped * weight.scale[..., None]).view(rows, columns).to(dtype)
 
 
@@ -263,7 +283,7 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
             f"{op}: weight is {type(weight).__name__}, need a QuantWeight of quantize_weight"
         )
     values, scale, bits = weight
-    if bits not in (8, 4):
+    if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"{op}: weight has {bits!r} bits, need 8 or 4")
     eight = bits == 8 and isinstance(values, Tensor) and values.dtype == FLOAT8
     for name, t, dtype in (
@@ -287,3 +307,11 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
             f"{op}: weight.scale is {list(scale.shape)}, need [{rows}, G] with G a divisor of "
             f"K {columns}"
         )
+
+
+if hasattr(torch.ops.fastdiff, "quantize"):
+
+    @torch.library.register_fake("fastdiff::quantize")
+    def _(x: Tensor, smooth: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+        q = x.new_empty(x.shape, dtype=torch.int8)
+        return q, x.new_empty(x.shape[:-1], dtype=torch.float32)
