@@ -160,7 +160,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
-    for some in (_adapters, _low_rank, _aggregations, _small_experts, _experts, _sparse):
+    families = _adapters, _low_rank, _aggregations, _small_experts, _experts, _sparse, _quantized
+    for some in families:
         yield from some(dtype)
 
 
@@ -410,6 +411,52 @@ def _trained(dtype: torch.dtype) -> Iterator[Case]:
         "DiT-XL/2, 5 % of 4608x1152, int64, step on the device",
         lambda: call(torch.int64, torch.empty(1)),
     )
+
+
+def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator[Case]:
+    """DiT-XL/2 at 512 px: its feed-forward layers on 2x1024 tokens, and few tokens."""
+    choice = {} if values == torch.int8 else {"dtype": values}
+
+    def tokens(count: int, width: int, **how: Any) -> Call:
+        return _call(torch.empty(2, count, width, dtype=dtype), **how, **choice)
+
+    def product(count: int, k: int, n: int, groups: int, **how: Any) -> Call:
+        x = ops.Quantized(torch.empty(2, count, k, dtype=values), torch.empty(2, count), dtype)
+        weight = ops.QuantWeight(torch.empty(n, k, dtype=values), torch.empty(n, groups), 8)
+        return _call(x, weight, torch.empty(n, dtype=dtype), **how)
+
+    yield Case("quantize", "DiT-XL/2 2x1024x1152", lambda: tokens(1024, 1152))
+    yield Case(
+        "quantize",
+        "DiT-XL/2 2x1024x4608, gelu_tanh, smoothed",
+        lambda: tokens(1024, 4608, activation="gelu_tanh", smooth=torch.empty(4608)),
+    )
+    yield Case("quantize", "DiT-S/2 2x256x384", lambda: tokens(256, 384, smooth=torch.empty(384)))
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x1024, 1152 to 4608, gelu_tanh",
+        lambda: product(1024, 1152, 4608, 1, activation="gelu_tanh"),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x1024, 4608 to 1152, groups of 128",
+        lambda: product(1024, 4608, 1152, 36),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x64, 1152 to 3456",
+        lambda: product(64, 1152, 3456, 1),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x64, 1152 to 3456, groups of 96",
+        lambda: product(64, 1152, 3456, 12),
+    )
+
+
+def float8_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Those of int8 in float8_e4m3fn, which not every GPU has."""
+    return _quantized(dtype, torch.float8_e4m3fn)
 
 
 def moved(*values: Any) -> int:

@@ -12,8 +12,6 @@ order differs between rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,8 +44,8 @@ def quant_linear_ref(
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The specification: inner sums in float64, which holds integers exactly, rounded to float32;
-    one rounding at the end."""
+    """The specification: integer sums in float64, which holds them exactly; one rounding at the
+    end."""
     groups = scale.shape[1]
     rows, columns = values.shape
     lead = q.shape[:-1]
@@ -81,11 +79,17 @@ def _native_why_not(
 
 
 def _triton_why_not(
-    q: Tensor, s: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any
+    q: Tensor,
+    s: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> str | None:
-    if rest[-1] not in DTYPES:
-        return f"dtype {rest[-1]} of the result is not one of {', '.join(map(str, DTYPES))}"
-    reason = why_not_triton(bias, s) or refuse_grad(bias)
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    reason = why_not_triton(s, scale, bias) or refuse_grad(s, scale, bias)
     return reason or (None if q.dtype == torch.int8 else why_not_float8(q.device))
 
 
@@ -107,9 +111,9 @@ def row_args(
     """Check the public arguments and give those of a row; floats are quantised here."""
     op = "quant_linear"
     if isinstance(x, Tensor):
-        float8 = getattr(getattr(weight, "values", None), "dtype", None) == FLOAT8
-        dtype = FLOAT8 if float8 else torch.int8
-        tokens = token_args(x, smooth=smooth, dtype=dtype, op=op)
+        of_weight = getattr(getattr(weight, "values", None), "dtype", None)
+        of_tokens = FLOAT8 if of_weight == FLOAT8 else torch.int8
+        tokens = token_args(x, smooth=smooth, dtype=of_tokens, op=op)
         x = Quantized(*pick("quantize", TOKENS, None, *tokens)(*tokens), x.dtype)
     elif not isinstance(x, Quantized):
         raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")

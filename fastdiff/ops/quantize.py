@@ -68,6 +68,7 @@ class QuantWeight(NamedTuple):
         return self.values.shape[0], self.values.shape[1] * (8 // self.bits)
 
 
+# The dtype of a row's result is given where it is not int8.
 def quantize_ref(
     x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
@@ -90,18 +91,15 @@ def quantize_ref(
 
 
 def why_not_float8(device: torch.device) -> str | None:
-    """The sentence why a GPU has no products of float8_e4m3fn, or None."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """The sentence why Triton does not compile float8_e4m3fn for a GPU, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return None
-    if torch.version.hip:
-        return "dtype is float8_e4m3fn, which no AMD GPU is compiled for here"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= (8, 9):
         return None
     return f"float8_e4m3fn needs compute capability 8.9 or above, {device} has {major}.{minor}"
 
 
-# A row's dtype is given where it is not int8.
 def _native_why_not(
     x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
 ) -> str | None:
@@ -139,8 +137,7 @@ def _check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
         )
 
 
-def check_dtype(op: str, dtype: torch.dtype) -> None:
-    """``dtype`` is int8 or float8_e4m3fn."""
+def _check_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.int8, FLOAT8):
         raise ValueError(f"{op}: dtype is {dtype!r}, need torch.int8 or {FLOAT8}")
 
@@ -160,7 +157,7 @@ def row_args(
         smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
-    check_dtype(op, dtype)
+    _check_dtype(op, dtype)
     return (x, smooth, activation) if dtype == torch.int8 else (x, smooth, activation, dtype)
 
 
@@ -175,7 +172,7 @@ def quantize(
     dtype: torch.dtype = torch.int8,
     impl: str | None = None,
 ) -> Quantized:
-    """``x`` as int8 with one scale for each token.
+    """``x`` as int8 (or float8_e4m3fn) with one scale for each token.
 
     Args:
         x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
@@ -224,7 +221,7 @@ def quantize_weight(
     rows, columns = weight.shape
     if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"quantize_weight: bits is {bits!r}, need 8 or 4")
-    check_dtype("quantize_weight", dtype)
+    _check_dtype("quantize_weight", dtype)
     if bits == 4 and dtype != torch.int8:
         raise ValueError(f"quantize_weight: dtype is {dtype} with 4 bits, need torch.int8")
     size = columns if group is None else group

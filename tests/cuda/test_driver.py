@@ -57,6 +57,7 @@ try:
         ops.lora_add(y, rows[None], down, up, torch.ones(1), impl="native")
         index = ops.SparseIndex.of_mask(torch.ones(8, 8, dtype=torch.bool).tril())
         ops.sparse_weight_grad(rows, rows, index, impl="native")
+        ops.quant_linear(x, ops.quantize_weight(torch.ones(8, 64)), impl="native")
         four = [torch.zeros(4) for _ in range(5)]
         how = dict(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
         ops.sparse_adamw_(*four, torch.arange(4), **how, impl="native")

@@ -92,7 +92,7 @@ def test_strided_rows():
         wide.t(),
         wide[:, ::2],
     ):
-        smooth = torch.rand(view.shape[1] + 1)[1:] + 0.5
+        smooth = (torch.rand(view.shape[1] + 1) + 0.5)[1:]
         same(run(view, smooth), quantize(view, smooth=smooth, impl="ref"))
     image = torch.randn(2, 8, 5, 7).permute(0, 2, 3, 1)
     same(run(image), quantize(image, impl="ref"))
