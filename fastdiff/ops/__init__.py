@@ -17,6 +17,8 @@ from fastdiff.ops.linear import linear
 from fastdiff.ops.lora import lora_add, lora_linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
+from fastdiff.ops.resample import resample
+from fastdiff.ops.sample_sums import sample_sums
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.sparse_adamw import sparse_adamw_
@@ -58,7 +60,9 @@ __all__ = [
     "moe_route",
     "philox_normal",
     "qk_norm_rope",
+    "resample",
     "rope_table",
+    "sample_sums",
     "scale_shift",
     "scale_shift_backward",
     "scatter_tokens",
