@@ -118,6 +118,13 @@ def test_constructed(row, name, dtype):
 
 
 @pytest.mark.parametrize("row", ROWS)
+def test_a_point_at_an_edge_takes_the_next(row):
+    """All of it exact: points 1/6, 1/2, 5/6; edges 1/2, 1, 1."""
+    logw, u = torch.tensor([[0.0, 0.0, -INF]]), torch.tensor([0.5]).double()
+    assert resample(logw, u, impl=row)[0].tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_one_particle_and_no_groups(row):
     for value in (0.0, -INF, NAN, INF):
         logw = torch.full((3, 1), value, dtype=torch.float64)
