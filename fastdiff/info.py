@@ -80,6 +80,8 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "moe_route": lambda new: (new(256, 8), 2),
     "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
+    "resample": lambda new: (new(4, 64, dtype=torch.float32), new(4, dtype=torch.float64)),
+    "sample_sums": lambda new: (new(2, 4, 64, 64),),
     "scale_shift": lambda new: (new(2, 256, 384), new(384), new(384)),
     "scale_shift_backward": lambda new: (new(2, 256, 384), new(2, 256, 384), new(384)),
     "scatter_tokens": lambda new: (

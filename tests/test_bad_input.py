@@ -74,6 +74,8 @@ def good(op):
             q=q, k=q, q_weight=ones(8), k_weight=ones(8), cos=ones(5, 4), sin=ones(5, 4),
             position=index(2, 5),
         ),
+        "resample": dict(logw=ones(2, 6), u=ones(2).double() / 2),
+        "sample_sums": dict(x=x, y=x, kind="product"),
         "scale_shift": dict(x=x, scale=ones(3, 8), shift=ones(3, 8), index=index(2)),
         "scale_shift_backward": dict(grad=x, x=x, scale=ones(3, 8), index=index(2)),
         "scatter_tokens": dict(x=x, index=index(2, 2), y=ones(2, 2, 8), gate=ones(2, 8)),
@@ -131,6 +133,7 @@ FINE = {
     ("grouped_weight_grad", "offsets", "first dimension + 1"): "any number of groups",
     ("grouped_weight_grad", "offsets", "last dimension + 1"): "any number of groups",
     ("scale_shift_backward", "scale", "first dimension + 1"): "any number of rows",
+    ("resample", "logw", "last dimension + 1"): "a larger group, which no other argument has",
     ("moe_combine", "y", "first dimension + 1"): "more rows, which the positions pick from",
     ("moe_combine", "y", "last dimension + 1"): "a wider row, which no other argument has",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
@@ -303,6 +306,8 @@ CALLS = dict(
     philox_normal=dict(seed=torch.ones(2, dtype=long), slot=torch.ones(2, dtype=long),
                        step=torch.ones(2, dtype=long)),
     gather_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long)),
+    resample=dict(logw=one(2, 6), u=one(2).double()),
+    sample_sums=dict(x=x, y=x),
     scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
     scale_shift_backward=dict(grad=x, x=x, scale=one(3, 8), index=torch.zeros(2, dtype=long)),
     scatter_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long), y=x[:, :2], gate=x[:, 0]),
@@ -334,7 +339,7 @@ SPOIL = dict(
 )
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
              dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True, lr=0.1, beta1=0.9,
-             beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0)
+             beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0, difference=True, least=4.0)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -384,6 +389,7 @@ VALID = {
     "geglu": {"x": "more_dims first_more empty"},
     "gelu_tanh": {"x": "more_dims first_more empty"},
     "group_norm_silu": {"x": "last_more last_less empty_last"},
+    "resample": {"logw": "double last_more last_less", "u": "double"},
     "scale_shift": {"x": "other_float"},
     "scale_shift_backward": {"scale": "first_more"},
     "sparse_adamw_": {"weight": "other_float more_dims last_more first_more", "index": "int32"},

@@ -19,12 +19,12 @@ __device__ __forceinline__ double warp_sum(double v) {
 // Elements i to i + 3 of a sample, zeros at and past `end`.
 template <bool wide, class T>
 __device__ __forceinline__ void load(const T* p, int64_t i, int64_t end, float (&v)[4]) {
-  if (wide) {
+  if constexpr (wide) {
     gpu::load4(p + i, v);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) v[k] = i + k < end ? gpu::to_float(p[i + k]) : 0.0f;
+    for (int k = 0; k < 4; ++k) v[k] = i + k < end ? gpu::to_float(p[i + k]) : 0.0f;
+  }
 }
 
 }  // namespace
