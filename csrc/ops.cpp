@@ -121,6 +121,10 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "select_tokens(Tensor score, Tensor drops, Tensor? forced, Tensor factors, int count, int "
       "low, int most, bool reset) -> (Tensor, Tensor)");
+  // x [B,...]; y [B|1,...] -> float32 [B]: sums of x^2, x y or (x - y)^2
+  m.def("sample_sums(Tensor x, Tensor? y, bool difference) -> Tensor");
+  // logw [G,K] float32 or float64; u [G] float64 -> parents [G,K] int64, logw after, did [G] bool
+  m.def("resample(Tensor logw, Tensor u, float least) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {

@@ -160,9 +160,39 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
-    families = _adapters, _low_rank, _aggregations, _small_experts, _experts, _sparse, _quantized
-    for some in families:
+    few = _steps, _adapters, _low_rank, _aggregations, _small_experts, _experts
+    for some in (*few, _sparse, _quantized):
         yield from some(dtype)
+
+
+def _steps(dtype: torch.dtype) -> Iterator[Case]:
+    """Latents of Stable Diffusion at 512 px, of SD 3 at 1024, and of many particles."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def groups(count: int, size: int, of: torch.dtype) -> Call:
+        return _call(torch.empty(count, size, dtype=of), torch.empty(count, dtype=torch.float64))
+
+    small, large = (2, 4, 64, 64), (2, 16, 128, 128)
+    yield Case("sample_sums", "SD 1.5 2x4x64x64", lambda: _call(t(*small)))
+    yield Case(
+        "sample_sums",
+        "SD 3 2x16x128x128, difference",
+        lambda: _call(t(*large), t(*large), kind="difference"),
+    )
+    yield Case(
+        "sample_sums",
+        "SD 1.5 16x4x64x64, product with one for all",
+        lambda: _call(t(16, *small[1:]), t(1, *small[1:]), kind="product"),
+    )
+    yield Case(
+        "sample_sums",
+        "2x63x61, sizes no multiple of 4",
+        lambda: _call(t(2, 63, 61), t(2, 63, 61), kind="product"),
+    )
+    yield Case("resample", "4 groups of 16", lambda: groups(4, 16, torch.float64))
+    yield Case("resample", "4 groups of 1000", lambda: groups(4, 1000, torch.float32))
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:

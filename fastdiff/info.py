@@ -86,6 +86,8 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(1536),
     ),
     "quantize": lambda new: (new(2, 256, 384),),
+    "resample": lambda new: (new(4, 64, dtype=torch.float32), new(4, dtype=torch.float64)),
+    "sample_sums": lambda new: (new(2, 4, 64, 64),),
     "scale_shift": lambda new: (new(2, 256, 384), new(384), new(384)),
     "scale_shift_backward": lambda new: (new(2, 256, 384), new(2, 256, 384), new(384)),
     "scatter_tokens": lambda new: (

@@ -78,6 +78,8 @@ def good(op):
             x=x, weight=ops.quantize_weight(ones(4, 8), group=4), bias=ones(4), smooth=ones(8)
         ),
         "quantize": dict(x=x, smooth=ones(8)),
+        "resample": dict(logw=ones(2, 6), u=ones(2).double() / 2),
+        "sample_sums": dict(x=x, y=x, kind="product"),
         "scale_shift": dict(x=x, scale=ones(3, 8), shift=ones(3, 8), index=index(2)),
         "scale_shift_backward": dict(grad=x, x=x, scale=ones(3, 8), index=index(2)),
         "scatter_tokens": dict(x=x, index=index(2, 2), y=ones(2, 2, 8), gate=ones(2, 8)),
@@ -139,6 +141,7 @@ FINE = {
     ("grouped_weight_grad", "offsets", "first dimension + 1"): "any number of groups",
     ("grouped_weight_grad", "offsets", "last dimension + 1"): "any number of groups",
     ("scale_shift_backward", "scale", "first dimension + 1"): "any number of rows",
+    ("resample", "logw", "last dimension + 1"): "a larger group, which no other argument has",
     ("moe_combine", "y", "first dimension + 1"): "more rows, which the positions pick from",
     ("moe_combine", "y", "last dimension + 1"): "a wider row, which no other argument has",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
@@ -326,6 +329,8 @@ CALLS = dict(
     quant_linear=dict(q=one(2, 3, 8, dtype=torch.int8), s=one(2, 3),
                       values=one(4, 8, dtype=torch.int8), scale=one(4, 2), bias=one(4)),
     quantize=dict(x=x, smooth=one(8)),
+    resample=dict(logw=one(2, 6), u=one(2).double()),
+    sample_sums=dict(x=x, y=x),
     scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
     scale_shift_backward=dict(grad=x, x=x, scale=one(3, 8), index=torch.zeros(2, dtype=long)),
     scatter_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long), y=x[:, :2], gate=x[:, 0]),
@@ -357,7 +362,8 @@ SPOIL = dict(
 )
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
              dtype=torch.float32, dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True,
-             lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0)
+             lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0,
+             difference=True, least=4.0)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -409,6 +415,7 @@ VALID = {
     "group_norm_silu": {"x": "last_more last_less empty_last"},
     "quant_linear": {"scale": "last_less"},
     "quantize": {"x": "other_float more_dims first_more empty"},
+    "resample": {"logw": "double last_more last_less", "u": "double"},
     "scale_shift": {"x": "other_float"},
     "scale_shift_backward": {"scale": "first_more"},
     "sparse_adamw_": {"weight": "other_float more_dims last_more first_more", "index": "int32"},

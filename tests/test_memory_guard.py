@@ -72,6 +72,11 @@ def calls(dtype):
             w = ops.quantize_weight(torch.randn(n + 4, d), group=64 if d > 70 else group)
             yield "quant_linear", (ops.quantize(data), w, r(n + 4)), {}
         yield "scale_shift", (x, r(d), r(d)), {}
+        yield "sample_sums", (x,), {}
+        yield "sample_sums", (x, y), dict(kind="product")
+        yield "sample_sums", (x, y[:1]), dict(kind="difference")
+        yield "resample", (torch.randn(b, d), torch.rand(b).double()), {}
+        yield "resample", (torch.randn(b, d).double(), torch.rand(b).double()), {}
         yield "scale_shift", (x, r(3, d)), dict(index=i(3, b))
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):

@@ -25,6 +25,8 @@ from fastdiff.ops.quantize import (
     quantize,
     quantize_weight,
 )
+from fastdiff.ops.resample import resample
+from fastdiff.ops.sample_sums import sample_sums
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.sparse_adamw import sparse_adamw_
@@ -72,7 +74,9 @@ __all__ = [
     "quant_linear",
     "quantize",
     "quantize_weight",
+    "resample",
     "rope_table",
+    "sample_sums",
     "scale_shift",
     "scale_shift_backward",
     "scatter_tokens",

@@ -52,6 +52,8 @@ try:
         rows, weight = torch.zeros(5, 8).half(), torch.zeros(2, 16, 8).half()
         ops.grouped_linear(rows, weight, torch.tensor([0, 2, 5]), impl="native")
         ops.scale_shift(x, v[0], impl="native")
+        ops.sample_sums(x, impl="native")
+        ops.resample(v, v[:, 0].double(), impl="native")
         ops.aggregate_features(torch.zeros(2, 1, 8, 6), torch.zeros(2, 1, 1, 6), impl="native")
         y, down, up = torch.zeros(1, 5, 16).half(), weight[:1, :4], weight[:1, :, :4]
         ops.lora_add(y, rows[None], down, up, torch.ones(1), impl="native")
