@@ -81,7 +81,9 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
     "quant_linear": lambda new: (
-        new(2, 256, 384),
+        ops.Quantized(
+            new(2, 256, 384, dtype=torch.int8), new(2, 256, dtype=torch.float32), new(0).dtype
+        ),
         ops.QuantWeight(new(1536, 384, dtype=torch.int8), new(1536, 1, dtype=torch.float32), 8),
         new(1536),
     ),

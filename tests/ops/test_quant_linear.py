@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import fastdiff
 from fastdiff import testing
+from fastdiff.kernels import AVAILABLE
 from fastdiff.ops import Quantized, QuantWeight, quant_linear, quantize, quantize_weight
 from fastdiff.ops.quant_linear import IMPLS, MOST_COLUMNS
 from fastdiff.ops.quantize import ACTIVATIONS, unpacked
@@ -269,6 +270,48 @@ def test_levels_and_layouts(level, layout):
         with testing.cpu_level(level):  # the entry takes what the public function refuses
             got = torch.ops.fastdiff.quant_linear(*scattered, None, torch.float32)
         assert torch.equal(got, to_the_bit(x, weight, bias))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_every_triton_configuration():
+    """Products of groups that a block of k divides, and that it does not."""
+    from fastdiff.kernels import quant_linear as kernel
+
+    for rows, k, n, groups in ((70, 256, 130, 2), (20, 96, 33, 3), (9, 77, 17, 1)):
+        x, weight, bias = tokens(rows, k), weight_of(n, k, groups), torch.randn(n)
+        given = (x.values, x.scale, *weight[:2], bias, "silu", torch.float32)
+        exact = composed(x, weight, bias, "silu", torch.float64)
+        eager = composed(x, weight, bias, "silu", torch.float32)
+        for name, got in testing.run_configs(kernel.quant_linear, kernel.CONFIGS, *given):
+            testing.assert_close(got, exact, eager, what=name)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row in ("triton", "ref")])
+def test_float8(row):
+    """Products of float8_e4m3fn are exact in float32; a sum of K of them is one of float32."""
+    dtype = torch.float8_e4m3fn
+    x, weight, bias = torch.randn(19, 96), torch.randn(33, 96), torch.randn(33)
+    for groups in (None, 32):
+        q, w = (
+            quantize(x, dtype=dtype, impl="ref"),
+            quantize_weight(weight, dtype=dtype, group=groups),
+        )
+        got = quant_linear(q, w, bias, activation="silu", impl=row)
+        size = groups or 96
+        parts = [
+            (a.double() @ b.double().T) * w.scale[:, g].double()
+            for g, (a, b) in enumerate(
+                zip(q.values.float().split(size, -1), w.values.float().split(size, -1), strict=True)
+            )
+        ]
+        exact = F.silu(sum(parts) * q.scale[:, None].double() + bias.double())
+        assert (got.double() - exact).abs().max() < 2e-5
+        plain = F.silu(F.linear(x, weight, bias))
+        assert (got - plain).norm() < 0.06 * plain.norm()  # 3 bits of fraction
+    with pytest.raises(ValueError, match="weight.values is torch.int8, x is"):
+        quant_linear(q, quantize_weight(weight), bias)
+    with pytest.raises(fastdiff.NoImpl, match="row native refuses: native kernels take int8"):
+        quant_linear(q, w, bias, impl="native")
 
 
 def test_opcheck_and_compile():

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import fastdiff
 from fastdiff import testing
+from fastdiff.kernels import AVAILABLE
 from fastdiff.ops import QuantWeight, dequantize_weight, quantize, quantize_weight
 from fastdiff.ops.quantize import ACTIVATIONS, IMPLS, TINY, quantize_ref, unpacked
 
@@ -58,6 +59,47 @@ def test_is_the_nearest(row, dtype):
                 elif x.numel():
                     off = (got.values.int() - want[0].int()).abs()  # ties, by an ulp of y
                     assert off.max() <= 1 and off.sum() <= 1 + x.numel() / 1000, what
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs triton")
+def test_every_triton_configuration():
+    from fastdiff.kernels import quantize as kernel
+
+    for shape in ((5, 130), (9, 1100), (2, 2100)):
+        x, smooth = torch.randn(shape), torch.rand(shape[-1]) + 0.1
+        want = quantize_ref(x, smooth, None)
+        for name, got in testing.run_configs(kernel.quantize, kernel.CONFIGS, x, smooth, None):
+            if kernel.CONFIGS[0].kwargs["BLOCK"] < shape[-1] and "ROWS: 4" in name:
+                continue  # a row of it does not fit; the launcher never takes it there
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), name
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "native"])
+def test_float8(row):
+    """To the bit the reference's, whose rounding is torch's; 448 at the largest; NaN and zeros as
+    int8 has them."""
+    x = torch.randn(6, 77) * torch.logspace(-3, 3, 6)[:, None]
+    x[3], x[4, 5], x[5, 6] = 0, torch.nan, torch.inf
+    for dtype in testing.DTYPES:
+        given = x.to(dtype)
+        q, s, _ = quantize(given, dtype=FLOAT8, impl=row)
+        assert q.dtype == FLOAT8 and (q[:3].float().abs().amax(-1) == 448).all()
+        y = given[:3].double() / (given[:3].double().abs().amax(-1, keepdim=True) / 448)
+        exact = y.float().to(FLOAT8).float()
+        step = (exact.abs() / 8).clamp(min=2.0**-9)
+        assert ((q[:3].float() - y).abs() <= step / 2 * 1.0001).all()
+        assert s[3] == 0 and not q[3:].float().any() and s[4:].isnan().all()
+    with pytest.raises(fastdiff.NoImpl, match="quantize: row native refuses"):
+        quantize(x, dtype=FLOAT8, impl="native")
+    with pytest.raises(ValueError, match="dtype is torch.int16, need torch.int8 or"):
+        quantize(x, dtype=torch.int16)
+    weight = quantize_weight(torch.randn(5, 12), dtype=FLOAT8)
+    assert weight.values.dtype == FLOAT8 and weight.shape == (5, 12)
+    with pytest.raises(ValueError, match="with 4 bits, need torch.int8"):
+        quantize_weight(torch.randn(5, 12), dtype=FLOAT8, bits=4)
 
 
 @pytest.mark.parametrize("level", fastdiff.cpu_levels())
