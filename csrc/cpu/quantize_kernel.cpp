@@ -65,7 +65,7 @@ void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
     }
     if (!finite || largest < kTiny) {
       a.s[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-      std::memset(q, 0, size_t(a.dim));
+      if (a.dim) std::memset(q, 0, size_t(a.dim));  // of no columns there is no memory
       continue;
     }
     a.s[row] = largest / kLevels;
