@@ -49,16 +49,20 @@ def systematic(w: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(edges, points, right=True).clamp(max=k - 1)
 
 
-def resample_ref(logw: Tensor, u: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification: float64 inside. ``least``: the effective sample size to stay."""
+def selected(logw: Tensor, parents: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`resample` gives for the parents ``[G, K]`` of every group, were it resampled."""
     groups, k = logw.shape
-    w = normalised(logw)
-    did = 1 / w.square().sum(1) < least
+    did = 1 / normalised(logw).square().sum(1) < least
     stay = torch.arange(k, device=logw.device).expand(groups, k)
-    parents = torch.where(did[:, None], systematic(w, u), stay)
+    parents = torch.where(did[:, None], parents, stay)
     known = logw.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     mean = torch.logsumexp(known, 1, keepdim=True) - math.log(k)
     return parents, torch.where(did[:, None], mean.to(logw.dtype), logw), did
+
+
+def resample_ref(logw: Tensor, u: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification: float64 inside. ``least``: the effective sample size to stay."""
+    return selected(logw, systematic(normalised(logw), u), least)
 
 
 def _native_why_not(logw: Tensor, u: Tensor, least: float) -> str | None:
