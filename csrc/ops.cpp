@@ -57,6 +57,12 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
+  // x [...,K]; smooth [K] float32; activation gelu_tanh or silu -> int8 [...,K], float32 [...]
+  m.def("quantize(Tensor x, Tensor? smooth, str? activation) -> (Tensor, Tensor)");
+  // q [...,K], values [N,K] int8; s [...], scale [N,G] float32; bias [N] of dtype -> [...,N]
+  m.def(
+      "quant_linear(Tensor q, Tensor s, Tensor values, Tensor scale, Tensor? bias, str? "
+      "activation, ScalarType dtype) -> Tensor");
   // y [B,...,N]; x [B,...,K]; down [A,r,K]; up [A,N,r]; scale [A] float32; index [B] of 0 to A -> y
   // + scale[a] x down[a]^T up[a]^T, and with `keep` x down[a]^T, else [0]
   m.def(
@@ -117,6 +123,10 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "select_tokens(Tensor score, Tensor drops, Tensor? forced, Tensor factors, int count, int "
       "low, int most, bool reset) -> (Tensor, Tensor)");
+  // x [B,...]; y [B|1,...] -> float32 [B]: sums of x^2, x y or (x - y)^2
+  m.def("sample_sums(Tensor x, Tensor? y, bool difference) -> Tensor");
+  // logw [G,K] float32 or float64; u [G] float64 -> parents [G,K] int64, logw after, did [G] bool
+  m.def("resample(Tensor logw, Tensor u, float least) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {

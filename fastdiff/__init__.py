@@ -8,6 +8,7 @@ from fastdiff.accelerate import accelerate, accelerated, programs, request, rest
 from fastdiff.dispatch import Impl, NoImpl, explain, record, use
 from fastdiff.engine.token_state import region
 from fastdiff.engine.view import Block, BlockView
+from fastdiff.precision import Precision
 from fastdiff.sampling import sample
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BlockView",
     "Impl",
     "NoImpl",
+    "Precision",
     "__version__",
     "accelerate",
     "accelerated",

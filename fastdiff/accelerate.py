@@ -15,9 +15,12 @@ from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
+from fastdiff.engine.quant_layers import Given, QuantForward, layer_lines, quantize_layers
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
 from fastdiff.engine.weights import Watch
+from fastdiff.integrations.conditioned import Conditioned
+from fastdiff.precision import Precision
 from fastdiff.tune import Quality, Report
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "prior")
@@ -36,10 +39,14 @@ class Acceleration:
         lonely: calls of a network outside any run, for which caches were off.
         cache_bytes: what the caches of a run may hold at a time, None for any number.
         policies: of its caches.
+        precision: the policy of its layers' formats, or None.
+        layers: those in another format, by name.
     """
 
     def __init__(self, cache_bytes: int | None = None, policies: Sequence[Any] = ()) -> None:
         self.cache_bytes, self.policies = cache_bytes, policies
+        self.precision: Precision | None = None
+        self.layers: dict[str, QuantForward] = {}
         self.patch = Patch()
         self.parts: list[str] = []
         self.last: Request | None = None
@@ -47,7 +54,16 @@ class Acceleration:
         self.lonely = 0
 
 
+def network_of(model: Any) -> Any:
+    """The network within ``programs`` and :class:`~fastdiff.integrations.Conditioned`."""
+    while isinstance(model, Programs | Conditioned):
+        model = model.network
+    return model
+
+
 def _networks(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, Conditioned):
+        return {"": network_of(target)}
     if isinstance(target, nn.Module):
         return {"": target}
     found = {name: getattr(target, name, None) for name in _NETWORKS}
@@ -153,11 +169,28 @@ def _policies(cache: Any) -> list[Any]:
     return list(cache) if isinstance(cache, list | tuple) else [cache]
 
 
+def _part(policies: list[Any], precision: Any) -> tuple[list[Any], Any]:
+    """Caches, and the one policy of formats, or None."""
+    formats = [p for p in policies if isinstance(p, Precision | Given)]
+    if precision is not None:
+        if not isinstance(precision, Precision | Given):
+            raise ValueError(
+                f"accelerate: precision is {precision!r}, need a fastdiff.Precision, or what "
+                "fastdiff.stored.load gave"
+            )
+        formats.append(precision)
+    if len(formats) > 1:
+        raise ValueError(f"accelerate: there are {len(formats)} policies of precision, need one")
+    caches = [p for p in policies if not isinstance(p, Precision | Given)]
+    return caches, formats[0] if formats else None
+
+
 def accelerate(
     pipe: Any,
     /,
     *,
     cache: Any = None,
+    precision: Precision | None = None,
     exact: bool = True,
     cache_bytes: int | None = None,
     view: BlockView | None = None,
@@ -173,6 +206,8 @@ def accelerate(
             a :class:`~fastdiff.tune.Report`, for what it chose; None computes everything. Caches
             work within a run: a call of the pipeline, or ``with fastdiff.request():`` around a loop
             of your own.
+        precision: a :class:`~fastdiff.precision.Precision`: what linear layers compute in; or what
+            :func:`fastdiff.stored.load` read. May also stand in the list ``cache``.
         exact: attention, norms, activations and residuals run on our operations.
         cache_bytes: what the caches of a run may hold at a time. A run that needs more ends with a
             ValueError in its first model call, before the first step.
@@ -195,7 +230,9 @@ def accelerate(
         ValueError: ``pipe`` is accelerated already, has no network, or is one that ``cache``
             cannot run on; or the search cannot run; nothing is changed then.
     """
-    settings: dict[str, Any] = dict(exact=exact, cache_bytes=cache_bytes, view=view)
+    settings: dict[str, Any] = dict(
+        exact=exact, cache_bytes=cache_bytes, view=view, precision=precision
+    )
     unknown = search.keys() - _SEARCH
     if unknown:
         raise TypeError(f"accelerate: no argument is called {min(unknown)}")
@@ -217,7 +254,12 @@ def accelerate(
 
 
 def _apply(
-    target: Any, cache: Any, exact: bool, cache_bytes: int | None, view: BlockView | None
+    target: Any,
+    cache: Any,
+    exact: bool,
+    cache_bytes: int | None,
+    view: BlockView | None,
+    precision: Any,
 ) -> Any:
     """What :func:`accelerate` does without a quality to keep."""
     if _KEY in getattr(target, "__dict__", {}):
@@ -238,11 +280,12 @@ def _apply(
         )
     if cache_bytes is not None and (not isinstance(cache_bytes, int) or cache_bytes < 0):
         raise ValueError(f"accelerate: cache_bytes is {cache_bytes!r}, need an integer of bytes")
-    policies = _policies(cache)
+    policies, formats = _part(_policies(cache), precision)
     acceleration = Acceleration(cache_bytes, policies)
+    acceleration.precision = formats.policy if isinstance(formats, Given) else formats
     for policy in policies:
         if isinstance(policy, EncoderPropagation) and policy.inject:
-            if target in networks.values():
+            if isinstance(target, nn.Module):
                 raise ValueError(
                     f"accelerate: cache has inject {policy.inject}, which needs a pipeline; target "
                     f"is {type(target).__name__}"
@@ -252,13 +295,18 @@ def _apply(
     try:
         for name, network in networks.items():
             parts = integrations.exact(network, patch) if exact else []
+            if formats is not None:
+                words, found = quantize_layers(network, formats, patch)
+                parts += words
+                acceleration.layers |= {f"{name}.{k}" if name else k: v for k, v in found.items()}
             parts += integrations.reuse(network, policies, patch, view)
             acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
             _count_calls(network, target, acceleration)
             patch.set(network, _KEY, acceleration)
             patch.set(network, "__deepcopy__", _refuse_copy)  # it would run the original's parts
         if target not in networks.values():
-            _open_requests(target, acceleration)
+            if not isinstance(target, nn.Module):
+                _open_requests(target, acceleration)
             patch.set(target, _KEY, acceleration)
     except BaseException:
         patch.undo()
@@ -278,15 +326,22 @@ def _acceleration(who: str, target: Any) -> Acceleration:
     return found
 
 
-def programs(network: nn.Module) -> Programs:
-    """An accelerated network as a few captured programs, for ``fastdiff.sample(programs, ...)``.
+def programs(network: nn.Module) -> Any:
+    """An accelerated network as a few captured programs, for ``fastdiff.sample(programs, ...)``;
+    of a :class:`~fastdiff.integrations.Conditioned` one that has them within.
 
     On a GPU each kind of step is a CUDA graph; elsewhere it runs eagerly under the same rules.
 
     Raises:
         ValueError: ``network`` is not accelerated, or a policy of its caches cannot be captured.
     """
-    return Programs(network, _acceleration("programs", network).policies)
+    own = _acceleration("programs", network)
+    policies = list(own.policies)
+    if own.precision is not None:
+        policies.append(own.precision)  # its steps in floats are a kind of their own
+    if isinstance(network, Conditioned):
+        return network.over(Programs(network_of(network), policies))
+    return Programs(network, policies)
 
 
 def restore(target: Any) -> Any:
@@ -297,7 +352,14 @@ def restore(target: Any) -> Any:
         RuntimeError: something else (an offloading hook, say) has replaced what ``accelerate``
             replaced; nothing is taken back then. Remove that first.
     """
-    patch = _acceleration("restore", target).patch
+    own = _acceleration("restore", target)
+    gone = [layer.name for layer in own.layers.values() if layer.released]
+    if gone:
+        raise RuntimeError(
+            f"restore: the float weights of {len(gone)} layers were released, {gone[0]} first; "
+            "need the network loaded anew"
+        )
+    patch = own.patch
     reason = patch.foreign()
     if reason is not None:
         raise RuntimeError(f"restore: {reason}; need that taken back first")
@@ -317,7 +379,7 @@ def summary(target: Any, run: Request | None = None) -> str:
     """
     acceleration = _acceleration("summary", target)
     run = run or acceleration.last
-    lines = list(acceleration.parts)
+    lines = [*acceleration.parts, *layer_lines(acceleration.layers)]
     for name, network in _networks(target).items():
         states = [a.state() for a in adapters.attached(network)]
         lines += [f"{name}: {state}" if name else state for state in states]

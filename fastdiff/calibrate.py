@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastdiff.accelerate import accelerated, acceleration_of
+from fastdiff.accelerate import _networks, accelerated, acceleration_of
 from fastdiff.cache import AccumulatedDistance, Broadcast, DeepCache, FirstBlock, Forecast
 from fastdiff.cache._check import number, whole
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.history import History
+from fastdiff.engine.quant_layers import layers_of
 from fastdiff.engine.request import Request
+from fastdiff.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,76 @@ def _run_of(target: Any, policy: Any, run: Callable[[], Any]) -> Request:
                 "fastdiff.sample with the network"
             )
         return acceleration.last
+
+
+def activation_maxima(
+    target: Any, run: Callable[[], Any]
+) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """The largest magnitude of every input channel of every linear layer over a run, as
+    :class:`~fastdiff.precision.Precision` takes it for smoothing.
+
+    Args:
+        target: a pipeline or network, not accelerated.
+        run: calls it, in inference.
+
+    Raises:
+        ValueError: ``run`` called no linear layer, or a channel was not finite.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    hooks = []
+    for prefix, network in _networks(target).items():
+        for name, module in layers_of(network):
+
+            def look(_: Any, args: tuple[Any, ...], key: str = name) -> None:
+                most = args[0].detach().float().flatten(0, -2).abs().amax(0)
+                seen[key] = torch.maximum(seen[key], most) if key in seen else most
+
+            full = f"{prefix}.{name}" if prefix else name
+            hooks.append(module.register_forward_pre_hook(partial(look, key=full)))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise ValueError("activation_maxima: run called no linear layer of target")
+    for name, most in seen.items():
+        if not bool(most.isfinite().all()):
+            raise ValueError(f"activation_maxima: inputs of layer {name} are not finite")
+    return tuple((name, tuple(most.tolist())) for name, most in seen.items())
+
+
+def layer_errors(target: Any, run: Callable[[], Any], precision: Precision) -> dict[str, float]:
+    """The relative L2 error of every layer's output in the formats of ``precision``, the largest
+    first, measured on the first call of each layer in a run.
+
+    Args:
+        target: a pipeline or network, not accelerated.
+        run: ``run()`` calls the pipeline, or ``fastdiff.sample`` with the network.
+
+    Raises:
+        ValueError: ``run`` made no run of ``target``.
+    """
+    with accelerated(target, precision=precision, exact=False):
+        run()
+        acceleration = acceleration_of(target)
+        assert acceleration is not None
+        found = {name: layer.error() for name, layer in acceleration.layers.items()}
+    errors = {name: error for name, error in found.items() if error is not None}
+    if not errors:
+        raise ValueError(
+            "layer_errors: run made no run of target in which a layer was in another format; need "
+            "a call of the pipeline, or of fastdiff.sample with the network"
+        )
+    return dict(sorted(errors.items(), key=lambda pair: -pair[1]))
+
+
+def sensitive(errors: dict[str, float], share: float) -> tuple[tuple[str, str], ...]:
+    """``layers`` of a :class:`~fastdiff.precision.Precision` in which that share of the layers,
+    those of the largest errors, stays in floats."""
+    count = round(share * len(errors))
+    return tuple((name, "float") for name in sorted(errors, key=lambda n: -errors[n])[:count])
 
 
 def magnitude_ratios(target: Any, run: Callable[[], Any]) -> tuple[float, ...]:

@@ -163,8 +163,39 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             16, 1024, 72, 36, interleaved=False, position=torch.empty(1, 1024, dtype=torch.int64)
         ),
     )
-    for some in (_adapters, _low_rank, _aggregations, _small_experts, _experts, _sparse):
+    few = _steps, _adapters, _low_rank, _aggregations, _small_experts, _experts
+    for some in (*few, _sparse, _quantized):
         yield from some(dtype)
+
+
+def _steps(dtype: torch.dtype) -> Iterator[Case]:
+    """Latents of Stable Diffusion at 512 px, of SD 3 at 1024, and of many particles."""
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def groups(count: int, size: int, of: torch.dtype) -> Call:
+        return _call(torch.empty(count, size, dtype=of), torch.empty(count, dtype=torch.float64))
+
+    small, large = (2, 4, 64, 64), (2, 16, 128, 128)
+    yield Case("sample_sums", "SD 1.5 2x4x64x64", lambda: _call(t(*small)))
+    yield Case(
+        "sample_sums",
+        "SD 3 2x16x128x128, difference",
+        lambda: _call(t(*large), t(*large), kind="difference"),
+    )
+    yield Case(
+        "sample_sums",
+        "SD 1.5 16x4x64x64, product with one for all",
+        lambda: _call(t(16, *small[1:]), t(1, *small[1:]), kind="product"),
+    )
+    yield Case(
+        "sample_sums",
+        "2x63x61, sizes no multiple of 4",
+        lambda: _call(t(2, 63, 61), t(2, 63, 61), kind="product"),
+    )
+    yield Case("resample", "4 groups of 16", lambda: groups(4, 16, torch.float64))
+    yield Case("resample", "4 groups of 1000", lambda: groups(4, 1000, torch.float32))
 
 
 def _adapters(dtype: torch.dtype) -> Iterator[Case]:
@@ -413,6 +444,52 @@ def _trained(dtype: torch.dtype) -> Iterator[Case]:
         "DiT-XL/2, 5 % of 4608x1152, int64, step on the device",
         lambda: call(torch.int64, torch.empty(1)),
     )
+
+
+def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator[Case]:
+    """DiT-XL/2 at 512 px: its feed-forward layers on 2x1024 tokens, and few tokens."""
+    choice = {} if values == torch.int8 else {"dtype": values}
+
+    def tokens(count: int, width: int, **how: Any) -> Call:
+        return _call(torch.empty(2, count, width, dtype=dtype), **how, **choice)
+
+    def product(count: int, k: int, n: int, groups: int, **how: Any) -> Call:
+        x = ops.Quantized(torch.empty(2, count, k, dtype=values), torch.empty(2, count), dtype)
+        weight = ops.QuantWeight(torch.empty(n, k, dtype=values), torch.empty(n, groups), 8)
+        return _call(x, weight, torch.empty(n, dtype=dtype), **how)
+
+    yield Case("quantize", "DiT-XL/2 2x1024x1152", lambda: tokens(1024, 1152))
+    yield Case(
+        "quantize",
+        "DiT-XL/2 2x1024x4608, gelu_tanh, smoothed",
+        lambda: tokens(1024, 4608, activation="gelu_tanh", smooth=torch.empty(4608)),
+    )
+    yield Case("quantize", "DiT-S/2 2x256x384", lambda: tokens(256, 384, smooth=torch.empty(384)))
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x1024, 1152 to 4608, gelu_tanh",
+        lambda: product(1024, 1152, 4608, 1, activation="gelu_tanh"),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x1024, 4608 to 1152, groups of 128",
+        lambda: product(1024, 4608, 1152, 36),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x64, 1152 to 3456",
+        lambda: product(64, 1152, 3456, 1),
+    )
+    yield Case(
+        "quant_linear",
+        "DiT-XL/2 2x64, 1152 to 3456, groups of 96",
+        lambda: product(64, 1152, 3456, 12),
+    )
+
+
+def float8_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Those of int8 in float8_e4m3fn, which not every GPU has."""
+    return _quantized(dtype, torch.float8_e4m3fn)
 
 
 def moved(*values: Any) -> int:

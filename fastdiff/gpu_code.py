@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 # SASS mnemonic of a matrix product on tensor cores: the PTX instruction that it comes from.
-TENSOR = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05.mma"}
+# H: of 16 bits, I: of int8, Q: of float8.
+TENSOR = {
+    **dict.fromkeys(("HMMA", "IMMA", "QMMA"), "mma.sync"),
+    **dict.fromkeys(("HGMMA", "IGMMA", "QGMMA"), "wgmma"),
+    **dict.fromkeys(("UTCHMMA", "UTCIMMA", "UTCQMMA"), "tcgen05.mma"),
+}
 
 
 class Code(NamedTuple):
@@ -41,7 +46,7 @@ def tools() -> Path:
 
 def _tensor(sass: str) -> str:
     seen = [ptx for name, ptx in TENSOR.items() if re.search(rf"\b{name}\b", sass)]
-    return " ".join(seen)
+    return " ".join(dict.fromkeys(seen))
 
 
 def read_cuda(path: Path, arch: str = "") -> list[Code]:

@@ -81,6 +81,16 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
     "philox_normal": lambda new: ((2, 4, 64, 64), *(new(2, dtype=torch.int64) for _ in range(3))),
     "qk_norm_rope": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(64), new(64)),
     "quant_attention": lambda new: (new(2, 6, 256, 64), new(2, 6, 256, 64), new(2, 6, 256, 64)),
+    "quant_linear": lambda new: (
+        ops.Quantized(
+            new(2, 256, 384, dtype=torch.int8), new(2, 256, dtype=torch.float32), new(0).dtype
+        ),
+        ops.QuantWeight(new(1536, 384, dtype=torch.int8), new(1536, 1, dtype=torch.float32), 8),
+        new(1536),
+    ),
+    "quantize": lambda new: (new(2, 256, 384),),
+    "resample": lambda new: (new(4, 64, dtype=torch.float32), new(4, dtype=torch.float64)),
+    "sample_sums": lambda new: (new(2, 4, 64, 64),),
     "scale_shift": lambda new: (new(2, 256, 384), new(384), new(384)),
     "scale_shift_backward": lambda new: (new(2, 256, 384), new(2, 256, 384), new(384)),
     "scatter_tokens": lambda new: (

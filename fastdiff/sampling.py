@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff import samplers
-from fastdiff.accelerate import accelerated, acceleration_of, request
-from fastdiff.engine.programs import Programs
+from fastdiff.accelerate import accelerated, acceleration_of, network_of, request
 from fastdiff.engine.request import current
 from fastdiff.engine.token_state import gaps_of, open_region, region
 from fastdiff.samplers.run import model_times
@@ -41,7 +40,7 @@ def sample(
     Raises:
         ValueError: an argument does not fit, or ``cache`` does not run on this model.
     """
-    network = model.network if isinstance(model, Programs) else model
+    network = network_of(model)
     if cache is None and (acceleration_of(network) is None or current() is not None):
         return samplers.sample(model, x, **settings)
     times = model_times(model, **{k: v for k, v in settings.items() if k in _TIMES})

@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdiff import kernels, ops
-from fastdiff.gpu_cases import Case, cases, traffic
+from fastdiff.gpu_cases import Case, cases, float8_cases, traffic
 from fastdiff.gpu_code import read_amdgcn, read_cubin
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -120,11 +120,16 @@ def launch(case: Case, target: str, every: bool = False) -> Iterator[dict[str, A
 
 
 def reports(
-    targets: list[str], dtypes: list[str], only: str = "", every: bool = False
+    targets: list[str],
+    dtypes: list[str],
+    only: str = "",
+    every: bool = False,
+    float8: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """All cases whose op's name contains ``only``, for every dtype and target."""
+    """All cases whose op's name contains ``only``, for every dtype and target; ``float8``: those
+    with products of float8_e4m3fn instead."""
     for dtype in dtypes:
-        for case in cases(getattr(torch, dtype)):
+        for case in (float8_cases if float8 else cases)(getattr(torch, dtype)):
             for target in targets if only in case.op else ():
                 for report in launch(case, target, every):
                     yield report | {"dtype": dtype}
@@ -139,8 +144,9 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES))
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--every", action="store_true", help="every configuration")
+    parser.add_argument("--float8", action="store_true", help="the calls with float8_e4m3fn")
     args = parser.parse_args()
-    for report in reports(args.target, args.dtype, args.only, args.every):
+    for report in reports(args.target, args.dtype, args.only, args.every, args.float8):
         print(json.dumps(report), flush=True)
 
 

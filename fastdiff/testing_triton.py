@@ -4,7 +4,8 @@
 
 Numbers, as the hardware has them: bfloat16 (which the interpreter holds as uint16 bits and would do
 integer arithmetic on) computes in float32 and rounds to nearest even; ``tl.dot`` reads float32
-operands as tf32 unless the kernel asks for "ieee" or "tf32x3".
+operands as tf32 unless the kernel asks for "ieee" or "tf32x3"; float8e4nv is rounded to nearest
+even, saturates, and keeps its carries and its smallest values (the interpreter loses both).
 
 Memory, which the hardware would not report: every address that an unmasked lane touches lies inside
 an argument of the launch; lanes masked off without ``other`` give NaN (undefined on a GPU, 0 in the
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
@@ -46,6 +48,18 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
+def widen_float8(bits: np.ndarray) -> np.ndarray:
+    """float32 of the bits of float8e4nv, exactly."""
+    bits = np.ascontiguousarray(bits)
+    return torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
+
+
+def round_float8(x: np.ndarray) -> np.ndarray:
+    """Bits of float8e4nv of ``x``, rounded to nearest even, at most 448; NaN stays NaN."""
+    x = np.clip(np.ascontiguousarray(x, dtype=np.float32), -448.0, 448.0)
+    return torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def tf32(x: np.ndarray) -> np.ndarray:
     """What a tensor core reads of a float32: sign, exponent, upper 10 bits of the fraction."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
@@ -58,7 +72,13 @@ def _is_bf16(h: Any) -> bool:
     )
 
 
+def _is_float8(h: Any) -> bool:
+    return isinstance(h, TensorHandle) and h.dtype.scalar == tl.float8e4nv
+
+
 def _widened(h: Any) -> Any:
+    if _is_float8(h):
+        return TensorHandle(widen_float8(h.data), tl.float32)
     return TensorHandle(widen_bf16(h.data), tl.float32) if _is_bf16(h) else h
 
 
@@ -90,6 +110,12 @@ def _cast(stock: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
 def _fp_to_fp(stock: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def run(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, mode: Any) -> TensorHandle:
         kinds = (tl.float16, tl.bfloat16, tl.float32)
+        if _is_float8(src) and dst_type.scalar in kinds:
+            return self.cast_impl(_widened(src), dst_type)
+        if src.dtype.scalar in kinds and dst_type.scalar == tl.float8e4nv:
+            if mode == ir.ROUNDING_MODE.RTZ:
+                raise NotImplementedError("casting to float8e4nv rounded towards zero")
+            return TensorHandle(round_float8(_widened(src).data), tl.float8e4nv)
         if src.dtype.scalar not in kinds or dst_type.scalar not in kinds:
             return stock(self, src, dst_type, mode)
         if mode == ir.ROUNDING_MODE.RTZ and dst_type.scalar != tl.float32:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import cache as policies
+from fastdiff.precision import Precision
 from fastdiff.report import new_figure, save_figure
 
 Run = Callable[..., Tensor]  # run(input, cache=policy or None, steps=None or n) -> [B, ...]
@@ -227,9 +228,10 @@ def policy_from(values: Policy) -> Any:
         return [policy_from(one) for one in values]
     rest = dict(values)
     name = rest.pop("name", None)
-    if name not in policies.__all__:
-        raise ValueError(f"policy is {name!r}, need one of {', '.join(policies.__all__)}")
-    return getattr(policies, name)(**rest)
+    known = {one: getattr(policies, one) for one in policies.__all__} | {"Precision": Precision}
+    if name not in known:
+        raise ValueError(f"policy is {name!r}, need one of {', '.join(known)}")
+    return known[name](**rest)
 
 
 def describe(policy: Any) -> str:

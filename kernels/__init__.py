@@ -29,8 +29,12 @@ def triton_row(op: str, function: str | None = None) -> Callable[..., Any]:
     return launch
 
 
-def why_not_triton(*tensors: Tensor | None) -> str | None:
-    """None where triton can run on these tensors: on a GPU, or on the CPU under its interpreter."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_triton(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """None where triton can run on these tensors, of ``dtypes``: on a GPU, or on the CPU under its
+    interpreter."""
     if not AVAILABLE:
         return "triton is not installed (pip install triton)"
     for t in tensors:
@@ -38,6 +42,7 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
             continue
         if t.device.type == "cpu" and not INTERPRET:
             return "tensors are on the cpu; triton kernels need a GPU (tests: TRITON_INTERPRET=1)"
-        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"dtype {t.dtype} is not float32, bfloat16 or float16"
+        if t.dtype not in dtypes:
+            names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+            return f"dtype {t.dtype} is not {', '.join(names[:-1])} or {names[-1]}"
     return None

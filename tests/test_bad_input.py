@@ -75,6 +75,12 @@ def good(op):
             position=index(2, 5),
         ),
         "quant_attention": dict(q=q, k=q, v=q),
+        "quant_linear": dict(
+            x=x, weight=ops.quantize_weight(ones(4, 8), group=4), bias=ones(4), smooth=ones(8)
+        ),
+        "quantize": dict(x=x, smooth=ones(8)),
+        "resample": dict(logw=ones(2, 6), u=ones(2).double() / 2),
+        "sample_sums": dict(x=x, y=x, kind="product"),
         "scale_shift": dict(x=x, scale=ones(3, 8), shift=ones(3, 8), index=index(2)),
         "scale_shift_backward": dict(grad=x, x=x, scale=ones(3, 8), index=index(2)),
         "scatter_tokens": dict(x=x, index=index(2, 2), y=ones(2, 2, 8), gate=ones(2, 8)),
@@ -118,6 +124,10 @@ FINE = {
     ("geglu", "x", "first dimension + 1"): "a larger batch, which no other argument has",
     ("gelu_tanh", "x", "first dimension + 1"): "a larger batch, which no other argument has",
     ("linear", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("quant_linear", "x", "one dimension more"): "any number of leading dimensions",
+    ("quant_linear", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("quantize", "x", "one dimension more"): "any number of leading dimensions",
+    ("quantize", "x", "first dimension + 1"): "a larger batch, which no other argument has",
     ("group_norm_silu", "x", "last dimension + 1"): "a wider picture, which no other argument has",
     ("gather_tokens", "x", "last dimension + 1"): "a wider row, which no other argument has",
     ("gather_tokens", "index", "last dimension + 1"): "any number of rows may be chosen",
@@ -133,6 +143,7 @@ FINE = {
     ("grouped_weight_grad", "offsets", "last dimension + 1"): "any number of groups",
     ("quant_attention", "v", "last dimension + 1"): "a wider row, which no other argument has",
     ("scale_shift_backward", "scale", "first dimension + 1"): "any number of rows",
+    ("resample", "logw", "last dimension + 1"): "a larger group, which no other argument has",
     ("moe_combine", "y", "first dimension + 1"): "more rows, which the positions pick from",
     ("moe_combine", "y", "last dimension + 1"): "a wider row, which no other argument has",
     ("linear", "weight", "first dimension + 1"): "bias is what differs then, and is named",
@@ -167,7 +178,7 @@ def test_spoilt_tensor(op, how):
 
 X, Q = torch.randn(2, 3, 8), torch.randn(2, 2, 5, 8)
 GROUPS = GroupBias(index(2, 5), index(2, 5), torch.zeros(1, 1, 2, 2))
-LORA = good("lora_add")
+LORA, INT8 = good("lora_add"), good("quant_linear")["weight"]
 CASES = [
     ("attention", dict(q=Q, k=Q, v=Q, scale=nan), "scale is nan, need a finite number"),
     ("attention", dict(q=Q, k=Q, v=Q, scale="big"), "scale is 'big', need a finite number"),
@@ -240,6 +251,18 @@ CASES = [
     ("lora_add", dict(LORA, index=index(2) + 4), "index has value 4, need 0 to 3"),
     ("linear", dict(x=X, weight=ones(4, 7)), r"weight has shape \[4, 7\], need \[4, 8\]"),
     ("linear", dict(x=X, weight=ones(4, 8), activation="relu"), "activation is 'relu', need"),
+    ("quantize", dict(x=X, smooth=ones(7)), r"smooth has shape \[7\], need \[8\]"),
+    ("quantize", dict(x=X, activation="relu"), "activation is 'relu', need"),
+    ("quant_linear", dict(x=X, weight=ones(4, 8)), "weight is Tensor, need a QuantWeight"),
+    ("quant_linear", dict(x=X, weight=INT8._replace(scale=ones(4, 3))),
+     r"weight.scale is \[4, 3\], need \[4, G\]"),
+    ("quant_linear", dict(x=X, weight=INT8._replace(scale=ones(4, 0))),
+     r"weight.scale is \[4, 0\], need \[4, G\]"),
+    ("quant_linear", dict(x=X, weight=INT8._replace(bits=4)), "need torch.uint8"),
+    ("quant_linear", dict(x=X[..., :7], weight=INT8), r"weight is \[4, 8\], need \[N, 7\]"),
+    ("quant_linear", dict(x=ops.quantize(X)._replace(scale=ones(3)), weight=INT8),
+     r"x.scale has shape \[3\], need \[2, 3\]"),
+    ("quant_linear", dict(x=ops.quantize(X), weight=INT8, smooth=ones(8)), "quantised already"),
     ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 4)), "need both"),
     ("qk_norm_rope", dict(q=Q, k=Q, cos=ones(5, 5), sin=ones(5, 5)),
      r"cos has shape \[5, 5\], need"),
@@ -311,6 +334,11 @@ CALLS = dict(
                        step=torch.ones(2, dtype=long)),
     gather_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long)),
     quant_attention=dict(q=q, k=q, v=q, scale=1.0),
+    quant_linear=dict(q=one(2, 3, 8, dtype=torch.int8), s=one(2, 3),
+                      values=one(4, 8, dtype=torch.int8), scale=one(4, 2), bias=one(4)),
+    quantize=dict(x=x, smooth=one(8)),
+    resample=dict(logw=one(2, 6), u=one(2).double()),
+    sample_sums=dict(x=x, y=x),
     scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
     scale_shift_backward=dict(grad=x, x=x, scale=one(3, 8), index=torch.zeros(2, dtype=long)),
     scatter_tokens=dict(x=x, index=torch.zeros(2, 2, dtype=long), y=x[:, :2], gate=x[:, 0]),
@@ -341,8 +369,9 @@ SPOIL = dict(
     meta=lambda t: t.to("meta"),
 )
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
-             dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True, lr=0.1, beta1=0.9,
-             beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0, smooth=True)
+             dtype=torch.float32, dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True,
+             lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0,
+             difference=True, least=4.0, smooth=True)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -393,6 +422,9 @@ VALID = {
     "gelu_tanh": {"x": "more_dims first_more empty"},
     "group_norm_silu": {"x": "last_more last_less empty_last"},
     "quant_attention": {"v": "last_more last_less empty_last"},
+    "quant_linear": {"scale": "last_less"},
+    "quantize": {"x": "other_float more_dims first_more empty"},
+    "resample": {"logw": "double last_more last_less", "u": "double"},
     "scale_shift": {"x": "other_float"},
     "scale_shift_backward": {"scale": "first_more"},
     "sparse_adamw_": {"weight": "other_float more_dims last_more first_more", "index": "int32"},

@@ -26,7 +26,7 @@ def test_every_arm_stays_on_the_device(run, op):
     """On ``meta`` any tensor that a case makes elsewhere is an error, and nothing is computed."""
     if op not in run.names():
         pytest.skip("no cases to time")
-    if op in ("adapters", "caches", "methods", "mode", "moe", "sparse_grad"):
+    if op in ("adapters", "caches", "methods", "mode", "moe", "precision", "sparse_grad"):
         pytest.skip("whole runs, loops that decide by values, or torch's sparse CSR")
     with torch.device("meta"):
         cases = list(run.load(BENCH / f"{op}.py").cases())

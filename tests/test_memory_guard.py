@@ -65,7 +65,18 @@ def calls(dtype):
         yield "sparse_adamw_", (*packed, r(n, d), places[1]), dict(numbers, step=torch.ones(1))
         yield "scatter_tokens", (x, i(n, b, n), y, m[2]), {}
         yield "scatter_tokens", (x, i(n, b, n), y, r(b, n, d)), {}
+        yield "quantize", (x,), dict(smooth=torch.rand(d) + 0.1, activation="silu")
+        yield "quantize", (x,), {}
+        for rows, group in ((n, None), (9 * n, 1)):
+            data = torch.randn(rows, d).to(dtype)
+            w = ops.quantize_weight(torch.randn(n + 4, d), group=64 if d > 70 else group)
+            yield "quant_linear", (ops.quantize(data), w, r(n + 4)), {}
         yield "scale_shift", (x, r(d), r(d)), {}
+        yield "sample_sums", (x,), {}
+        yield "sample_sums", (x, y), dict(kind="product")
+        yield "sample_sums", (x, y[:1]), dict(kind="difference")
+        yield "resample", (torch.randn(b, d), torch.rand(b).double()), {}
+        yield "resample", (torch.randn(b, d).double(), torch.rand(b).double()), {}
         yield "scale_shift", (x, r(3, d)), dict(index=i(3, b))
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
@@ -138,6 +149,8 @@ def fence(value, at_end):
     if isinstance(value, ops.SparseIndex):
         crow, col = guard(value.crow, at_end), guard(value.col, at_end)
         return ops.SparseIndex(crow, col, value.shape, value.block)
+    if isinstance(value, (ops.Quantized, ops.QuantWeight)):
+        return type(value)(*(fence(v, at_end) for v in value))
     return value
 
 def backward(op, args, extra, at_end):

@@ -76,6 +76,7 @@ def test_every_kernel_compiles():
     assert {report["kernel"] for report in reports if report["dot"]} == {
         "attention_kernel",
         "quant_attention_kernel",
+        "quant_linear_kernel",
         *GROUPED,
     }
 
@@ -86,6 +87,26 @@ def test_attention_uses_the_tensor_cores_of_every_target():
     for report in reports:
         check(report)
     assert {report["target"] for report in reports} == set(targets)
+
+
+def test_quantised_products_use_the_tensor_cores_of_every_target():
+    targets = ("sm_90", "sm_100", "sm_120", "gfx942")
+    reports = compiled(*targets, "--dtype", "bfloat16", "--only", "quant")
+    reports += compiled(*targets[:3], "--dtype", "float32", "--only", "quant", "--float8")
+    for report in reports:
+        check(report | ({"dtype": "float8"} if report["dot"] else {}))
+    assert len(reports) == 7 * 7 and {report["target"] for report in reports} == set(targets)
+
+
+def test_float8_does_not_compile_before_its_tensor_cores():
+    command = [sys.executable, "-m", "fastdiff.testing_compile", "sm_80", "--only", "quantize"]
+    done = subprocess.run(
+        [*command, "--dtype", "bfloat16", "--float8"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "fp8e4nv not supported in this architecture" in done.stderr
 
 
 @pytest.mark.slow

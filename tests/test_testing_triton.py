@@ -58,6 +58,24 @@ def test_casts_round_to_nearest_even(source, target):
     same(y, x.to(target))
 
 
+def test_casts_of_float8():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wide = torch.empty(256)
+    _cast_kernel[(1,)](every, wide, N=256)
+    same(wide, every.float())
+    known = wide[~wide.isnan()].sort().values
+    x = torch.cat((known, (known[1:] + known[:-1]) / 2, torch.randn(8) * 100, torch.zeros(8)))
+    x = x[:512]  # all values, and the ties between neighbours
+    for source in (torch.float32, torch.float16):
+        y = torch.empty(512, dtype=torch.float8_e4m3fn)
+        _cast_kernel[(1,)](x.to(source), y, N=512)
+        assert torch.equal(y.view(torch.uint8), x.to(source).to(y.dtype).view(torch.uint8))
+    big = torch.tensor([1e9, -1e9, float("inf"), float("nan")])
+    out = torch.empty(4, dtype=torch.float8_e4m3fn)
+    _cast_kernel[(1,)](big, out, N=4)
+    same(out.float(), torch.tensor([448.0, -448.0, 448.0, float("nan")]))
+
+
 @triton.jit
 def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, N)
@@ -69,6 +87,13 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr, PRECISION: tl.constexpr):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_dot(dtype):
     a, b = torch.randn(N, N).to(dtype), torch.randn(N, N).to(dtype)
+    c = torch.empty(N, N)
+    _dot_kernel[(1,)](a, b, c, N=N, PRECISION="ieee")
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+def test_dot_of_float8():
+    a, b = (torch.randn(N, N).to(torch.float8_e4m3fn) for _ in range(2))
     c = torch.empty(N, N)
     _dot_kernel[(1,)](a, b, c, N=N, PRECISION="ieee")
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)

@@ -24,11 +24,13 @@ constexpr bool kPairs = true;  // bfloat16 is multiplied in pairs
 constexpr bool kPairs = false;
 #endif
 
-// What a lane of a panel holds: a float, or two bfloat16 that are neighbours along k.
+// What a lane of a panel holds: a float, or two bfloat16 or four int8 that are neighbours along k.
 struct Floats {
+  static constexpr int each = 1;
   static FD_INLINE Vec fma_(Vec w, const float* x, Vec sum) { return fma(w, Vec(*x), sum); }
 };
 struct Pairs {
+  static constexpr int each = 2;
   static FD_INLINE Vec fma_(Vec w, const float* x, Vec sum) {
 #ifdef __AVX512BF16__
     return _mm512_dpbf16_ps(sum.v, __m512bh(_mm512_castps_si512(w.v)),
@@ -37,6 +39,10 @@ struct Pairs {
     return sum;
 #endif
   }
+};
+
+struct Quads {
+  static constexpr int each = 4;
 };
 
 // c [M][kWide] (+)= a b over `deep` lanes; a: element (i, k) at i * row + k * step.
@@ -139,10 +145,10 @@ FD_INLINE void transpose(Vec (&r)[W]) {
 }
 #endif
 
-// W lanes from p on: elements as floats, or, of Pairs, 2 W elements as they are.
+// W lanes from p on: elements as floats, or, of Pairs and Quads, elements as they are.
 template <class Kind, class T>
 FD_INLINE Vec lanes(const T* p) {
-  if constexpr (std::is_same_v<Kind, Pairs>)
+  if constexpr (Kind::each > 1)
     return Vec::load(reinterpret_cast<const float*>(p));
   else
     return Vec::load(p);
@@ -150,19 +156,27 @@ FD_INLINE Vec lanes(const T* p) {
 // Of which `count` elements are there.
 template <class Kind, class T>
 FD_INLINE Vec lanes(const T* p, int64_t count) {
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<Kind, Pairs>) {
-    const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1;
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
-  }
+  if (count >= Kind::each * W) return lanes<Kind>(p);
+  if constexpr (Kind::each == 1) {
+    return Vec::load(p, int(count));
+  } else {
+#ifdef __AVX512F__
+    if constexpr (Kind::each == 2)
+      return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << count) - 1, p));
+    else
+      return _mm512_castsi512_ps(_mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, p));
+#else
+    alignas(32) float t[W] = {0};
+    std::memcpy(t, p, size_t(count) * sizeof(T));
+    return Vec::load(t);
 #endif
-  return count >= W ? Vec::load(p) : Vec::load(p, int(count));
+  }
 }
 
 // Columns n to n + count (at most W) of a panel whose weights lie along k.
 template <class Kind, bool kFull, class T>
 void pack_rows(const T* w, int64_t stride, int count, int64_t K, float* to) {
-  constexpr int each = std::is_same_v<Kind, Pairs> ? 2 : 1;
+  constexpr int each = Kind::each;
   int64_t k = 0;
   if constexpr (kFull) {
     for (; k + each * W <= K; k += each * W) {

@@ -184,10 +184,12 @@ __global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesAr
   const int64_t b = blockIdx.x / tiles / groups, first = blockIdx.x / tiles % groups * kChannels;
   const int64_t p = blockIdx.x % tiles * kTile + lane * width;
   const bool live = p < a.P;
+  const int K = int(a.K);
   if (live) {
     float most[width], share[width], v[width];
     softmax<L, width>(a.logits, a.K, b, p, most, share);
-    for (int64_t k = warp; k < a.K; k += kWarps) {
+#pragma unroll 1
+    for (int k = warp; k < K; k += kWarps) {
       load<width>(sample_of<L>(a.logits, k, b) + p, v);
 #pragma unroll
       for (int i = 0; i < width; ++i)
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesAr
   for (int64_t c = first + warp; c < end; c += kWarps) {
     float x[width], sum[width] = {};
 #pragma unroll 4
-    for (int64_t k = 0; k < a.K; ++k) {
+    for (int k = 0; k < K; ++k) {
       load<width>(sample_of<T>(a.x, k, b) + c * a.P + p, x);
 #pragma unroll
       for (int i = 0; i < width; ++i)
@@ -211,7 +213,8 @@ __global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesAr
 }
 
 // A block takes 32 positions of all planes, a warp every kWarps-th plane. Shared:
-// float[kWarps][K][32], the warps' shares of d; then those of warp 0 hold d.
+// float[K][kWarps][32], the warps' shares of d; then those of warp 0 hold d. (In this order the
+// shares of a model are a fixed distance apart, and one register addresses them.)
 template <class T, class L>
 __global__ void __launch_bounds__(kThreads)
     aggregate_planes_backward(AggregateFeaturesBackwardArgs a) {
@@ -226,31 +229,35 @@ __global__ void __launch_bounds__(kThreads)
     softmax<L, 1>(a.logits, a.K, b, p, most, share);
     for (int k = 0; k < K; ++k) {
       const float w = below(gpu::to_float(sample_of<L>(a.logits, k, b)[p]), most[0]) * share[0];
+      const T* grad = static_cast<const T*>(a.grad) + (b * a.C + warp) * a.P + p;
+      const T* x = sample_of<T>(a.x, k, b) + warp * a.P + p;
+      T* grad_x = static_cast<T*>(a.grad_x) + ((k * a.B + b) * a.C + warp) * a.P + p;
+      const int64_t step = kWarps * a.P;
       float sum = 0.0f;
 #pragma unroll 4
       for (int64_t c = warp; c < a.C; c += kWarps) {
-        const float g = gpu::to_float(static_cast<const T*>(a.grad)[(b * a.C + c) * a.P + p]);
-        const float x = gpu::to_float(sample_of<T>(a.x, k, b)[c * a.P + p]);
-        sum = fmaf(g, x, sum);
-        static_cast<T*>(a.grad_x)[((k * a.B + b) * a.C + c) * a.P + p] = gpu::from_float<T>(w * g);
+        const float g = gpu::to_float(*grad);
+        sum = fmaf(g, gpu::to_float(*x), sum);
+        *grad_x = gpu::from_float<T>(w * g);
+        grad += step, x += step, grad_x += step;
       }
-      d[(warp * K + k) * 32 + lane] = sum;
+      d[(k * kWarps + warp) * 32 + lane] = sum;
     }
   }
   __syncthreads();
   if (warp || !live) return;
   float mean = 0.0f;
   for (int k = 0; k < K; ++k) {
-    float sum = 0.0f;
-    for (int other = 0; other < kWarps; ++other) sum += d[(other * K + k) * 32 + lane];
-    d[k * 32 + lane] = sum;
+    float sum = 0.0f, *shares = d + k * kWarps * 32 + lane;
+    for (int other = 0; other < kWarps; ++other) sum += shares[other * 32];
+    shares[0] = sum;
     mean =
         fmaf(below(gpu::to_float(sample_of<L>(a.logits, k, b)[p]), most[0]) * share[0], sum, mean);
   }
   for (int k = 0; k < K; ++k) {
     const float w = below(gpu::to_float(sample_of<L>(a.logits, k, b)[p]), most[0]) * share[0];
     static_cast<L*>(a.grad_logits)[(k * a.B + b) * a.P + p] =
-        gpu::from_float<L>(w * (d[k * 32 + lane] - mean));
+        gpu::from_float<L>(w * (d[k * kWarps * 32 + lane] - mean));
   }
 }
 

@@ -94,6 +94,16 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const unsigned (&a)[4],
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same registers with s8x2 for T: d[16x8] += a[16x32] b[32x8] of int8, in int32.
+template <class T>
+__device__ __forceinline__ void mma_16816(int (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                          unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 }  // namespace gpu
 
 #define GPU_SHARED(T, name)                                           \
@@ -126,6 +136,9 @@ namespace gpu {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 constexpr unsigned kAll = 0xffffffffu;  // the mask of a whole warp
+struct s8x2 {  // two int8 that are neighbours in k: one element of ldmatrix and of tiles
+  signed char e[2];
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -148,6 +161,11 @@ __device__ __forceinline__ float warp_sum(float v) {
 __device__ __forceinline__ float warp_max(float v) {
   for (int with = 16; with; with >>= 1) v = fmaxf(v, __shfl_xor_sync(kAll, v, with));
   return v;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float gelu_tanh(float x) {
+  return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x));  // 2 sqrt(2 / pi)
 }
 
 // Four neighbouring elements as float32; the address is aligned to all four.

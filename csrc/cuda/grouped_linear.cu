@@ -66,12 +66,11 @@ __device__ __forceinline__ const T* row_of(const Args& a, int r, int end) {
   return at >= 0 && at < a.T ? static_cast<const T*>(a.x) + at * a.x_stride : nullptr;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+using gpu::gelu_tanh;
+using gpu::sigmoid;
+
 __device__ __forceinline__ float gelu(float x) {
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-}
-__device__ __forceinline__ float gelu_tanh(float x) {
-  return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x));  // 2 sqrt(2 / pi)
 }
 
 // y of the sums u; `other`: those of the other half of a gated activation.

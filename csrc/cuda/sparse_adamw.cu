@@ -12,12 +12,24 @@ constexpr int kThreads = 256;
 constexpr int kFlight = 4;
 constexpr int64_t kBlock = kThreads * kFlight;
 
+template <bool kWide>
+struct Index {
+  using type = int;
+};
+template <>
+struct Index<true> {
+  using type = int64_t;
+};
+
 }  // namespace
 
 // Shared: float[2], step_size and root where they hang on a step in GPU memory; one thread computes
 // them in double while the block's loads are on their way.
-template <class T, class I>
+// kWide: the index is int64. (Not a type: int64_t is `long` to nvcc and `long long` to NVRTC, which
+// would give the kernel two names.)
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) sparse_adamw_entries(SparseAdamwArgs a) {
+  using I = typename Index<kWide>::type;
   GPU_SHARED(float, numbers);
   const int64_t first = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   float p[kFlight], g[kFlight], m[kFlight], v[kFlight];
@@ -62,8 +74,8 @@ template <class T>
 int launch(const SparseAdamwArgs& a, cudaStream_t stream) {
   const dim3 grid(unsigned((a.n + kBlock - 1) / kBlock)), block(kThreads);
   const size_t shared = 2 * sizeof(float);
-  if (a.wide) return GPU_LAUNCH((sparse_adamw_entries<T, int64_t>), grid, block, shared, stream, a);
-  return GPU_LAUNCH((sparse_adamw_entries<T, int>), grid, block, shared, stream, a);
+  if (a.wide) return GPU_LAUNCH((sparse_adamw_entries<T, true>), grid, block, shared, stream, a);
+  return GPU_LAUNCH((sparse_adamw_entries<T, false>), grid, block, shared, stream, a);
 }
 
 }  // namespace
@@ -74,9 +86,9 @@ extern "C" int fastdiff_gpu_sparse_adamw(const SparseAdamwArgs* a, void* stream)
   return error;
 }
 #else
-#define FASTDIFF_INSTANTIATE(T)                                               \
-  template __global__ void sparse_adamw_entries<T, int64_t>(SparseAdamwArgs); \
-  template __global__ void sparse_adamw_entries<T, int>(SparseAdamwArgs);
+#define FASTDIFF_INSTANTIATE(T)                                            \
+  template __global__ void sparse_adamw_entries<T, true>(SparseAdamwArgs); \
+  template __global__ void sparse_adamw_entries<T, false>(SparseAdamwArgs);
 FASTDIFF_INSTANTIATE(float)
 FASTDIFF_INSTANTIATE(gpu::bf16)
 FASTDIFF_INSTANTIATE(gpu::f16)

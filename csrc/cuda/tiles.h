@@ -1,5 +1,6 @@
 // Tiles of products on tensor cores: what kernels with a matrix product each do in their own way
-// around. After gpu.h. bfloat16 and float16; sums in float32, in the order of k.
+// around. After gpu.h. bfloat16 and float16, sums in float32; pairs of int8, sums in int32. In the
+// order of k.
 //
 // Both factors come in kDeep slices of k through shared memory, kStages of them, one worked on
 // while the next two are on their way.
@@ -71,12 +72,18 @@ __device__ __forceinline__ void load_b(unsigned (&part)[4], const T* b, int colu
                             b + (column + lane % 8 + lane / 16 * 8) * pitch + k + lane / 8 % 2 * 8);
 }
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
 // The block's tile of a b^T over `steps` slices, which copy(step, a, b) begins to bring; sum[m]:
-// 16 rows of the warp's 32.
-template <class T, bool a_turned, bool b_turned, int rows, class Copy>
+// 16 rows of the warp's 32. after(step) may take the sums.
+template <class T, bool a_turned, bool b_turned, int rows, class Copy, class Sum,
+          class After = Nothing>
 __device__ __forceinline__ void multiply(
     T* shared, int steps, Copy copy,
-    float (&sum)[2][Tile<Slice<a_turned, rows>, Slice<b_turned, kColumns>, rows>::blocks][4]) {
+    Sum (&sum)[2][Tile<Slice<a_turned, rows>, Slice<b_turned, kColumns>, rows>::blocks][4],
+    After after = {}) {
   using A = Slice<a_turned, rows>;
   using B = Slice<b_turned, kColumns>;
   using Own = Tile<A, B, rows>;
@@ -111,6 +118,7 @@ __device__ __forceinline__ void multiply(
         }
       }
     }
+    after(step);
   }
   __syncthreads();  // no warp reads its slices any more
 }

@@ -63,7 +63,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-enum class Kind { kSync, kShuffle, kBallot, kLdmatrix, kMma };
+enum class Kind { kSync, kShuffle, kBallot, kLdmatrix, kMma, kMmaInt8 };
 
 // Lanes of a warp that are meeting.
 struct Slot {
@@ -313,15 +313,16 @@ void finish_ldmatrix(Slot& slot, bool transposed) {
   }
 }
 
+template <class Sum>
 struct MmaIn {
-  float d[4];
+  Sum d[4];
   unsigned a[4], b[2];
 };
 
 void finish_mma(Slot& slot, bool half) {
   ++counters.mma;
   float a[16][16], b[8][16];
-  MmaIn in[32];
+  MmaIn<float> in[32];
   for (int lane = 0; lane < 32; ++lane) {
     move(&in[lane], slot.in[lane], sizeof in[lane]);
     const int row = lane / 4, column = lane % 4 * 2;
@@ -340,6 +341,33 @@ void finish_mma(Slot& slot, bool half) {
       float sum = 0;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
       sum += in[lane].d[e];
+      move(slot.out[lane] + e * 4, &sum, 4);
+    }
+}
+
+// Sums that leave int32 wrap, as they do without .satfinite.
+void finish_mma_int8(Slot& slot) {
+  ++counters.mma;
+  int a[16][32], b[8][32];
+  MmaIn<int> in[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    move(&in[lane], slot.in[lane], sizeof in[lane]);
+    const int row = lane / 4, column = lane % 4 * 4;
+    for (int k = 0; k < 4; ++k) {
+      const auto byte = [&](unsigned word) { return int(int8_t(word >> (8 * k))); };
+      a[row][column + k] = byte(in[lane].a[0]);
+      a[row + 8][column + k] = byte(in[lane].a[1]);
+      a[row][column + 16 + k] = byte(in[lane].a[2]);
+      a[row + 8][column + 16 + k] = byte(in[lane].a[3]);
+      b[row][column + k] = byte(in[lane].b[0]);
+      b[row][column + 16 + k] = byte(in[lane].b[1]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4 + (e >> 1) * 8, column = lane % 4 * 2 + (e & 1);
+      unsigned sum = unsigned(in[lane].d[e]);
+      for (int k = 0; k < 32; ++k) sum += unsigned(a[row][k] * b[column][k]);
       move(slot.out[lane] + e * 4, &sum, 4);
     }
 }
@@ -473,10 +501,17 @@ void simt_ldmatrix(const void* row, bool transposed, unsigned* out, int line) {
 }
 
 void simt_mma(bool half, float* d, const unsigned* a, const unsigned* b, int line) {
-  MmaIn in;
+  MmaIn<float> in;
   move(in.d, d, 16), move(in.a, a, 16), move(in.b, b, 8);
   const Slot& slot =
       meet(Kind::kMma, ~0u, line, &in, sizeof in, half, [&](Slot& s) { finish_mma(s, half); });
+  move(d, slot.out[current->thread.lane], 16);
+}
+
+void simt_mma_int8(int* d, const unsigned* a, const unsigned* b, int line) {
+  MmaIn<int> in;
+  move(in.d, d, 16), move(in.a, a, 16), move(in.b, b, 8);
+  const Slot& slot = meet(Kind::kMmaInt8, ~0u, line, &in, sizeof in, 0, finish_mma_int8);
   move(d, slot.out[current->thread.lane], 16);
 }
 

@@ -47,4 +47,6 @@ void simt_copy_wait(int pending, int line);
 void simt_ldmatrix(const void* row, bool transposed, unsigned* out, int line);  // x4
 // m16n8k16, float32 accumulators; a, b hold bfloat16 (or float16) pairs
 void simt_mma(bool half, float* d, const unsigned* a, const unsigned* b, int line);
+// m16n8k32, int32 accumulators; a, b hold four int8 each
+void simt_mma_int8(int* d, const unsigned* a, const unsigned* b, int line);
 }

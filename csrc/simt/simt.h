@@ -176,6 +176,11 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsign
   const unsigned b[2] = {b0, b1};
   simt_mma(std::is_same_v<T, __half>, d, a, b, line);
 }
+template <class T>
+inline void mma_16816(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, SIMT_LINE) {
+  const unsigned b[2] = {b0, b1};
+  simt_mma_int8(d, a, b, line);
+}
 }  // namespace gpu
 
 // Runs `kernel(args...)` and gives an error code; on a GPU, the launch's own.

@@ -13,6 +13,7 @@ from fastdiff.cache.first_block import FirstBlock
 from fastdiff.cache.forecast import Forecast
 from fastdiff.cache.guidance import GuidanceReuse
 from fastdiff.cache.magnitude import MagnitudeRatio
+from fastdiff.precision import Precision
 from fastdiff.tokens.merge import Merge
 from fastdiff.tokens.region import RegionAdaptive
 
@@ -25,6 +26,7 @@ POLICIES: dict[str, Any] = {
     "guidance": GuidanceReuse,
     "magnitude": MagnitudeRatio,
     "merge": Merge,
+    "precision": Precision,
     "taylor": Forecast,
     "tokens": RegionAdaptive,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.integrations.rules import Rule, add_gated, chain, modulate, readable, usable
+from fastdiff.nn.layers import with_activation
 
 _F16_MAX = 65504.0  # what the networks clip float16 streams to
 
@@ -159,16 +160,14 @@ def flux_single(
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed, gate = self.norm(x, emb=temb)
     proj = self.proj_mlp
-    fused = (
-        readable(proj, nn.Linear, normed)
-        and type(self.act_mlp) is nn.GELU
-        and self.act_mlp.approximate == "tanh"
-    )
-    mlp = (
-        ops.linear(normed, proj.weight, proj.bias, activation="gelu_tanh")
-        if fused
-        else self.act_mlp(proj(normed))
-    )
+    tanh = type(self.act_mlp) is nn.GELU and self.act_mlp.approximate == "tanh"
+    own = with_activation(proj)
+    if tanh and own is not None:
+        mlp = own(normed, "gelu_tanh")
+    elif tanh and readable(proj, nn.Linear, normed):
+        mlp = ops.linear(normed, proj.weight, proj.bias, activation="gelu_tanh")
+    else:
+        mlp = self.act_mlp(proj(normed))
     y = self.attn(
         hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.integrations.rules import Rule, modulate, readable, usable
+from fastdiff.nn.layers import with_activation
 
 
 def linear(self: Any, input: Tensor) -> Tensor:
@@ -30,13 +31,14 @@ def readable_weights(module: Any, x: Tensor) -> bool:
 
 def gelu(self: Any, hidden_states: Tensor) -> Tensor:
     """Linear and GELU in its tanh form; the erf form stays."""
-    if (
-        not usable(self, hidden_states)
-        or self.approximate != "tanh"
-        or not readable(self.proj, nn.Linear, hidden_states)
-    ):
+    if not usable(self, hidden_states) or self.approximate != "tanh":
         return type(self).forward(self, hidden_states)
     proj = self.proj
+    own = with_activation(proj)
+    if own is not None:
+        return own(hidden_states, "gelu_tanh")
+    if not readable(proj, nn.Linear, hidden_states):
+        return type(self).forward(self, hidden_states)
     return ops.linear(hidden_states, proj.weight, proj.bias, activation="gelu_tanh")
 
 

@@ -4,6 +4,7 @@ each as short as its algorithm. A program opens a :class:`Trajectory` and moves 
 from fastdiff.methods.animate_lcm import animate_lcm
 from fastdiff.methods.cep import ConditionNoise
 from fastdiff.methods.classify import Probe, classify, linear_probe
+from fastdiff.methods.compiled import Compiled, compiled
 from fastdiff.methods.cow import cow
 from fastdiff.methods.cycle_diffusion import cycle_diffusion, decode, encode
 from fastdiff.methods.density import interpolant_log_density, log_density
@@ -45,6 +46,7 @@ from fastdiff.methods.windows import long_video, multi_diffusion
 __all__ = [
     "AdapterExperts",
     "BoxDown",
+    "Compiled",
     "ConditionNoise",
     "Degenerate",
     "FirstStage",
@@ -62,6 +64,7 @@ __all__ = [
     "Velocity",
     "animate_lcm",
     "classify",
+    "compiled",
     "cow",
     "cycle_diffusion",
     "ddim_inversion",

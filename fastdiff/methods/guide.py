@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.samplers.run import Run
 
 Energy = Callable[[Tensor], Tensor]
@@ -38,7 +39,10 @@ def norms(g: Tensor, scope: str = "sample") -> Tensor:
     if scope == "batch":
         return torch.linalg.vector_norm(g).expand(g.shape[0]).view(-1, *[1] * (g.dim() - 1))
     if scope == "sample":
-        return torch.linalg.vector_norm(g.flatten(1), dim=1).view(-1, *[1] * (g.dim() - 1))
+        square = ops.sample_sums(g)
+        zero = square == 0  # where the root has no derivative: 0 is taken for it
+        n = torch.where(zero, 1.0, square).sqrt().masked_fill(zero, 0.0)
+        return n.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
     raise ValueError(f"guide: scope is {scope!r}, need 'sample' or 'batch'")
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastdiff.accelerate import accelerated, acceleration_of, request
+from fastdiff.accelerate import accelerated, acceleration_of, network_of, request
 from fastdiff.engine.request import current
 from fastdiff.methods.trajectory import Trajectory, running
 from fastdiff.samplers.interpolant import Drift, Interpolant
@@ -150,7 +150,7 @@ def interpolate(
         run = stack.enter_context(
             running(drift, x, sampler=sampler, steps=steps, prediction="eps", **settings)
         )
-        acceleration = acceleration_of(network)
+        acceleration = acceleration_of(network_of(network))
         if acceleration is not None and current() is None:  # of the network, not of its wrapper
             own = stack.enter_context(request(len(run), calls_per_step=1))
             own.times, own.samples = run.table.t, run.batch

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.methods.trajectory import Trajectory, running
 
 
@@ -69,12 +70,15 @@ def linear_reward_guidance(
             with torch.enable_grad():
                 at = run.x.detach().requires_grad_()
                 m = run.predict(i, at)
-                reward = (g * run.x0(i, run.combined(m), at)).flatten(1).sum(1)
+                x0 = run.x0(i, run.combined(m), at).to(at.dtype)
+                reward = ops.sample_sums(x0, g[None], kind="product")
                 (along,) = torch.autograd.grad(reward.sum(), at)  # J^T g
             m = m.detach()
             if alpha > 0:  # at alpha 0 the state says nothing of x0
-                spread = noise**2 + sigma**2 / alpha * (g * along).flatten(1).sum(1)
-                push = ((y - reward.detach()) / spread).view(-1, *[1] * (at.dim() - 1))
+                along_g = ops.sample_sums(along, g[None], kind="product")
+                spread = noise**2 + sigma**2 / alpha * along_g
+                push = ((y - reward.detach()) / spread).to(at.dtype)
+                push = push.view(-1, *[1] * (at.dim() - 1))
                 m = run.shifted(i, m, eps=-sigma * push * along)
             run.step(i, m)
             if callback is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff import ops
 from fastdiff.methods.particles import uniform
 from fastdiff.methods.uncached import uncached
 from fastdiff.ops.fused_step import Noise, philox_normal
@@ -154,4 +155,6 @@ def noise_da_loss(
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Root mean squares ``[B]``, with a gradient at 0."""
-    return ((a - b).square().flatten(1).mean(1) + 1e-12).sqrt()
+    both = torch.promote_types(a.dtype, b.dtype)
+    square = ops.sample_sums(a.to(both), b.to(both), kind="difference") / a[0].numel()
+    return (square + 1e-12).sqrt()

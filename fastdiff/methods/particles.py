@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.ops.fused_step import Noise, philox_normal
+from fastdiff.ops.resample import SLACK, normalised, selected
+from fastdiff.ops.resample import systematic as _systematic
 
 SCHEMES = ("systematic", "multinomial", "argmax", "gumbel", "topk")
 
@@ -31,14 +34,6 @@ def uniform(shape: tuple[int, ...], noise: Noise) -> Tensor:
     z = philox_normal(shape, *noise).double()
     tiny = 2.0**-53
     return torch.special.ndtr(z).clamp(tiny, 1 - tiny)
-
-
-def normalised(logw: Tensor) -> Tensor:
-    """``[G, K]`` float64 weights of sum 1; NaN counts as no weight. A group without any weight has
-    equal weights, so that nothing breaks on the device: see :func:`check`."""
-    logw = logw.double().nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float64).max)
-    dead = (logw == -math.inf).all(1, keepdim=True)
-    return torch.softmax(logw.masked_fill(dead, 0.0), 1)
 
 
 def check(logw: Tensor, what: str = "rewards") -> None:
@@ -62,12 +57,7 @@ def ess(logw: Tensor) -> Tensor:
 
 def systematic(logw: Tensor, u: Tensor) -> Tensor:
     """``[G, K]`` parents for ``u [G]`` in (0, 1)."""
-    w = normalised(logw)
-    k = w.shape[1]
-    edges = w.cumsum(1)
-    edges = edges / edges[:, -1:]
-    points = (u[:, None] + torch.arange(k, device=w.device)) / k
-    return torch.searchsorted(edges, points, right=True).clamp(max=k - 1)
+    return _systematic(normalised(logw), u)
 
 
 def multinomial(logw: Tensor, u: Tensor) -> Tensor:
@@ -121,15 +111,11 @@ def resample(
     """
     groups, k = logw.shape
     if scheme == "systematic":
-        parents = systematic(logw, uniform((groups,), noise))
+        parents, after, did = ops.resample(logw, uniform((groups,), noise), ess_below)
     elif scheme == "multinomial":
         parents = multinomial(logw, uniform((groups, k), noise))
+        parents, after, did = selected(logw, parents, ess_below * k * SLACK)
     else:
         raise ValueError(f"resample: scheme is {scheme!r}, need 'systematic' or 'multinomial'")
-    did = ess(logw) < ess_below * k * (1 - 1e-12)
-    stay = torch.arange(k, device=logw.device).expand(groups, k)
-    parents = torch.where(did[:, None], parents, stay)
-    mean = torch.logsumexp(logw.double(), 1, keepdim=True) - math.log(k)
-    after = torch.where(did[:, None], mean.to(logw.dtype), logw)
     first = torch.arange(groups, device=logw.device)[:, None] * k
     return Resampled((first + parents).flatten(), after, did)

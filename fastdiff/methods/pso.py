@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff import ops
 from fastdiff.adapters.base import attached
 from fastdiff.methods.uncached import uncached
 from fastdiff.ops.fused_step import COLUMNS
@@ -42,9 +43,11 @@ class Path(NamedTuple):
 
 def log_normal(x: Tensor, mean: Tensor, spread: float) -> Tensor:
     """``mean_d log N(x; mean, spread^2)`` ``[B]``, in float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = (x.to(wide) - mean.to(wide)) / spread
-    return (-0.5 * z.square()).flatten(1).mean(1) - math.log(spread) - 0.5 * math.log(2 * math.pi)
+    if x.dtype != mean.dtype:
+        both = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
+        x, mean = x.to(both), mean.to(both)
+    square = ops.sample_sums(x, mean, kind="difference") / x[0].numel()
+    return -0.5 / spread**2 * square - math.log(spread) - 0.5 * math.log(2 * math.pi)
 
 
 def _single(run: Run) -> Run:

@@ -17,8 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastdiff.accelerate import acceleration_of
-from fastdiff.engine.programs import Programs
+from fastdiff.accelerate import acceleration_of, network_of
 from fastdiff.methods.trajectory import Trajectory
 
 WIDE = (torch.float32, torch.float64)
@@ -54,8 +53,7 @@ class Plan:
             calls: levels that it is going to visit.
             cached: False: its calls go past all caches.
         """
-        network = run.model.network if isinstance(run.model, Programs) else run.model
-        found = acceleration_of(network) if cached else None
+        found = acceleration_of(network_of(run.model)) if cached else None
         policies = () if found is None else tuple(repr(policy) for policy in found.policies)
         each = run.guidance
         scales = each.tolist() if isinstance(each, Tensor) else [each]  # the host waits for these

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.methods.trajectory import Trajectory, running
 from fastdiff.ops.fused_step import COLUMNS, philox_normal
 from fastdiff.samplers.run import STEP_STREAM, prediction_of
@@ -80,6 +81,12 @@ def and_weights(b: Tensor, gram: Tensor, h: float, ridge: float, clamp: float) -
     away = (change @ basis).nan_to_num(nan=0.0)
     most = away.abs().amax(1, keepdim=True)
     return even + away * (clamp / torch.where(most > clamp, most, clamp))
+
+
+def _change(eps: Tensor, other: Tensor, along: Tensor, half: float) -> Tensor:
+    """``d log q`` of ``eps [B, ...]`` less that of ``other``, ``[B]`` float64: with along = du / tau
+    and half = (tau^2 - tau'^2) / (2 tau^2) it is ``<other - eps, along + half (eps + other)>``."""
+    return ops.sample_sums(other - eps, along + half * (eps + other), kind="product").double()
 
 
 class Superposition:
@@ -154,12 +161,15 @@ class Superposition:
     def moved(self, i: int, eps: Tensor, x: Tensor) -> None:
         """Add what the step from level ``i`` at state ``x`` to the run's has changed."""
         (a, tau), (a_s, tau_s) = self._level(i), self._level(i + 1)
-        s = -eps.double().flatten(2) / tau
         # One rounding of x', not of x' / alpha' and x / alpha, which are large at the noisy end.
-        du = (self.run.x.double() - a_s / a * x.double()).flatten(1) / a_s
-        more = torch.einsum("kbd,bd->bk", s, du) - 0.5 * (tau**2 - tau_s**2) * s.square().sum(2).T
+        du = (self.run.x.double() - a_s / a * x.double()) / a_s
+        eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
+        along, half = (du / tau).to(eps.dtype), 0.5 * (tau**2 - tau_s**2) / tau**2
+        # What the models differ by is a sum of its own: of two large ones its digits would be lost.
+        more = [_change(eps[0], torch.zeros_like(eps[0]), along, half)]
+        more += [more[0] + _change(e, eps[0], along, half) for e in eps[1:]]
         volume = x[0].numel() * math.log(a_s / a)
-        self.run.carried["logq"] = self.run.carried["logq"] + more - volume
+        self.run.carried["logq"] = self.run.carried["logq"] + torch.stack(more, 1) - volume
 
     def _level(self, i: int) -> tuple[float, float]:
         alpha, sigma = float(self.run.alpha[i]), float(self.run.sigma[i])

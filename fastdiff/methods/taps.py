@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff.engine.programs import Programs
+from fastdiff.accelerate import network_of as inner
 from fastdiff.methods.trajectory import Trajectory
 
 Features = dict[str, Tensor]
@@ -27,7 +27,7 @@ def network_of(model: Any) -> nn.Module:
     Raises:
         ValueError: ``model`` is no ``nn.Module``.
     """
-    network = model.network if isinstance(model, Programs) else model
+    network = inner(model)
     if not isinstance(network, nn.Module):
         raise ValueError(f"taps: model is {type(model).__name__}, need an nn.Module")
     return network

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.accelerate import accelerated, acceleration_of, request
-from fastdiff.engine.programs import Programs
+from fastdiff.accelerate import accelerated, acceleration_of, network_of, request
 from fastdiff.engine.request import Request, current
 from fastdiff.samplers.run import Run
 from fastdiff.tokens import RegionAdaptive
@@ -171,7 +170,7 @@ def running(
         ValueError: an argument does not fit, or ``cache`` does not run on this model.
     """
     run = Trajectory(model, x, **settings)
-    network = model.network if isinstance(model, Programs) else model
+    network = network_of(model)
     with torch.no_grad(), ExitStack() as stack:
         if cache is not None:
             stack.enter_context(accelerated(model, cache=cache, exact=False))

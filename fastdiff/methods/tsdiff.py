@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.methods.guide import Energy, schedule_of
 from fastdiff.methods.trajectory import Trajectory, running
 from fastdiff.ops.fused_step import COLUMNS, philox_normal
@@ -233,7 +234,7 @@ def refine(
                 noised = alpha * x + sigma * z
                 m = run.predict(i, noised, independent="other noise in every iteration")
                 away = run.eps(i, run.combined(m), noised) - z
-                total = away.flatten(1).square().sum(1) + lam * energy(x)
+                total = ops.sample_sums(away) + lam * energy(x)
                 (g,) = torch.autograd.grad(total.sum(), x)
             run.x = run.x - eta * g
             if spread:

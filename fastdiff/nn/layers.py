@@ -8,6 +8,7 @@ would have done beside it is done around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType, NoneType
 from typing import Any
 
@@ -37,10 +38,20 @@ def quiet(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
+def with_activation(module: Any) -> Callable[[Tensor, str | None], Tensor] | None:
+    """The ``forward`` of a linear layer in another format, which takes an activation as well; None
+    where it has none, or somebody listens to what comes before the activation."""
+    found = getattr(module.__dict__.get("forward"), "activated", None)
+    return None if heard(module) else found
+
+
 def linear(module: Any, x: Tensor, activation: str | None = None) -> Tensor:
     """``act(module(x))``; ``x [..., K]``, ``activation`` as in ``ops.linear``."""
     if quiet(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation=activation)
+    own = with_activation(module)
+    if own is not None:
+        return own(x, activation)
     y: Tensor = module(x)
     if activation is None:
         return y

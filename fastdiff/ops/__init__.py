@@ -18,6 +18,16 @@ from fastdiff.ops.lora import lora_add, lora_linear
 from fastdiff.ops.moe import Routing, load_balance_loss, moe_combine, moe_route, z_loss
 from fastdiff.ops.qk_norm_rope import axial_rope, qk_norm_rope, rope_table
 from fastdiff.ops.quant_attention import quant_attention
+from fastdiff.ops.quant_linear import quant_linear
+from fastdiff.ops.quantize import (
+    Quantized,
+    QuantWeight,
+    dequantize_weight,
+    quantize,
+    quantize_weight,
+)
+from fastdiff.ops.resample import resample
+from fastdiff.ops.sample_sums import sample_sums
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
 from fastdiff.ops.select_tokens import select_tokens
 from fastdiff.ops.sparse_adamw import sparse_adamw_
@@ -34,6 +44,8 @@ from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 __all__ = [
     "GroupBias",
     "Noise",
+    "QuantWeight",
+    "Quantized",
     "Routing",
     "SparseIndex",
     "aggregate_features",
@@ -41,6 +53,7 @@ __all__ = [
     "attention",
     "axial_rope",
     "conv3x3",
+    "dequantize_weight",
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
@@ -60,7 +73,12 @@ __all__ = [
     "philox_normal",
     "qk_norm_rope",
     "quant_attention",
+    "quant_linear",
+    "quantize",
+    "quantize_weight",
+    "resample",
     "rope_table",
+    "sample_sums",
     "scale_shift",
     "scale_shift_backward",
     "scatter_tokens",

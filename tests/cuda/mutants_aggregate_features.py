@@ -70,8 +70,8 @@ MUTANTS = [
     ),
     (
         "only as many models as warps have weights",
-        "for (int64_t k = warp; k < a.K; k += kWarps) {",
-        "for (int64_t k = warp; k < a.K && k < kWarps; k += kWarps) {",
+        "for (int k = warp; k < K; k += kWarps) {",
+        "for (int k = warp; k < K && k < kWarps; k += kWarps) {",
     ),
     (
         "planes past the last group",

@@ -96,8 +96,8 @@ MUTANTS = [
     ),
     (
         "an index of int64 is read as int32",
-        "(sparse_adamw_entries<T, int64_t>), grid",
-        "(sparse_adamw_entries<T, int>), grid",
+        "(sparse_adamw_entries<T, true>), grid",
+        "(sparse_adamw_entries<T, false>), grid",
     ),
     (
         "the weight has the value before",

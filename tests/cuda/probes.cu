@@ -103,6 +103,27 @@ __global__ void matrix(float* x, int stride) {
   for (int e = 0; e < 4; ++e) x[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = d[e];
 }
 
+// A 16 x 32 matrix of int8, i + k (where k is odd, its negative), by a 32 x 8 one: lane l has eight
+// of column l / 4, k = 4 (l % 4) to + 3 and the same + 16, from l / 4 - 3 upwards.
+__global__ void matrix_int8(float* x) {
+  GPU_SHARED(signed char, s);
+  for (int i = threadIdx.x; i < 16 * 32; i += 32) {
+    const int k = i % 32, value = i / 32 + k;
+    s[i / 32 * 48 + k] = static_cast<signed char>(k % 2 ? -value : value);
+  }
+  __syncwarp();
+  unsigned r[4];
+  const int lane = int(threadIdx.x);
+  gpu::ldmatrix_x4<false>(r, s + lane % 16 * 48 + lane / 16 * 16);
+  int d[4] = {1000000, 0, 0, -5};
+  unsigned b[2];
+  signed char column[8];
+  for (int i = 0; i < 8; ++i) column[i] = static_cast<signed char>(lane / 4 - 3 + i);
+  memcpy(b, column, 8);
+  gpu::mma_16816<gpu::s8x2>(d, r, b[0], b[1]);
+  for (int e = 0; e < 4; ++e) x[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = float(d[e]);
+}
+
 }  // namespace
 
 #define PROBE(name, kernel, blocks, threads, shared, ...)                                 \
@@ -129,5 +150,6 @@ PROBE(blocks_race, blocks_race, 4, 32, 0, x)
 PROBE(blocks_add, blocks_add, 4, 32, 0, x)
 PROBE(matrix, matrix, 1, 32, 16 * 24 * 2, x, 24)
 PROBE(matrix_with_conflicts, matrix, 1, 32, 16 * 64 * 2, x, 64)
+PROBE(matrix_int8, matrix_int8, 1, 32, 16 * 48, x)
 PROBE(too_many_threads, unset_shared, 1, 2048, 8192, x)
 PROBE(too_much_shared, unset_shared, 1, 32, 256 * 1024, x)

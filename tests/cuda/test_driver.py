@@ -52,11 +52,14 @@ try:
         rows, weight = torch.zeros(5, 8).half(), torch.zeros(2, 16, 8).half()
         ops.grouped_linear(rows, weight, torch.tensor([0, 2, 5]), impl="native")
         ops.scale_shift(x, v[0], impl="native")
+        ops.sample_sums(x, impl="native")
+        ops.resample(v, v[:, 0].double(), impl="native")
         ops.aggregate_features(torch.zeros(2, 1, 8, 6), torch.zeros(2, 1, 1, 6), impl="native")
         y, down, up = torch.zeros(1, 5, 16).half(), weight[:1, :4], weight[:1, :, :4]
         ops.lora_add(y, rows[None], down, up, torch.ones(1), impl="native")
         index = ops.SparseIndex.of_mask(torch.ones(8, 8, dtype=torch.bool).tril())
         ops.sparse_weight_grad(rows, rows, index, impl="native")
+        ops.quant_linear(x, ops.quantize_weight(torch.ones(8, 64)), impl="native")
         four = [torch.zeros(4) for _ in range(5)]
         how = dict(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
         ops.sparse_adamw_(*four, torch.arange(4), **how, impl="native")

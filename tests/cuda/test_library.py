@@ -13,14 +13,29 @@ from fastdiff import _native, _nvrtc
 
 KERNELS = sorted(p for p in _nvrtc.CSRC.glob("cuda/*.cu") if p.stem != "library")
 
-# Where NVRTC needs fewer registers than nvcc, by up to a sixth: its front end addresses shared
+# Where NVRTC needs fewer registers than nvcc, by up to a fifth: its front end addresses shared
 # memory with 64 bits, nvcc's with 32, no option of NVRTC changes that, and ptxas schedules anew.
 FEWER = {
+    ("aggregate_features", "sm_120a"),
     ("fused_step", "sm_120a"),
     ("group_norm_silu", "sm_80"),
     ("group_norm_silu", "sm_90a"),
     ("moe", "sm_120a"),
 }
+
+
+# Where it needs more: `lora_add_tiles` of rank 64 (sm_80) and 32 (sm_120a), 58 registers for 48. A
+# block has 48 and 36 KB of shared memory, so that 3 and 2 are resident; registers would let 4.
+MORE = {("lora", "sm_80"): 10, ("lora", "sm_120a"): 10}
+
+
+def test_kernels_have_one_name_for_both_compilers():
+    """`int64_t` is `long` to nvcc and `long long` to NVRTC: no template argument of a kernel."""
+    for path in KERNELS:
+        text = path.read_text()
+        launched = re.findall(r"GPU_LAUNCH\(\(?([^()]+)", text)
+        made = re.findall(r"template __global__ void (\w+<[^(]*>)\(", text)
+        assert launched and not [n for n in launched + made if re.search("int64_t|long", n)], path
 
 
 @pytest.mark.skipif(not _native.GPU_LIBRARY.exists(), reason="built without nvcc")
@@ -75,7 +90,7 @@ def test_nvrtc_gives_what_nvcc_gives(path, arch, tmp_path):
     theirs = registers(out.read_bytes(), tmp_path)
     assert theirs and set(theirs) <= set(ours)
     for name, count in theirs.items():
-        bound = max(2, 0.1 * count)
+        bound = max(2, 0.1 * count, MORE.get((path.stem, arch), 0))
         if (path.stem, arch) in FEWER:
             assert ours[name] <= count + bound, name
         else:

@@ -86,6 +86,18 @@ def test_matrices_and_bank_conflicts(probes):
         assert (seen.ldmatrix, seen.mma, seen.bank_conflicts) == (1, 1, conflicts)
 
 
+def test_matrices_of_int8(probes):
+    i, k, j = torch.arange(16)[:, None], torch.arange(32), torch.arange(8)
+    a = (i + k) * (1 - k % 2 * 2)
+    b = torch.zeros(32, 8, dtype=torch.int64)
+    for thread in range(4):
+        for n in range(8):
+            b[4 * thread + n % 4 + n // 4 * 16] = j - 3 + n
+    start = torch.zeros(16, 8, dtype=torch.int64)
+    start[:8, ::2], start[8:, 1::2] = 1000000, -5
+    assert torch.equal(run(probes, "matrix_int8")[2][:128].view(16, 8).long(), start + a @ b)
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     return {
@@ -99,11 +111,13 @@ def sanitized(tmp_path_factory):
     [
         ("address", "barrier", None),
         ("address", "matrix", None),
+        ("address", "matrix_int8", None),
         ("address", "past_shared", "AddressSanitizer"),
         ("thread", "barrier", None),
         ("thread", "warp_ordered", None),
         ("thread", "copied", None),
         ("thread", "matrix", None),
+        ("thread", "matrix_int8", None),
         ("thread", "blocks_add", None),
         ("thread", "no_barrier", "data race"),
         ("thread", "warp_unordered", "data race"),

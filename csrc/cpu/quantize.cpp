@@ -1,0 +1,49 @@
+#include "cpu/quantize.h"
+
+#include <string>
+
+#include "common.h"
+
+namespace fastdiff {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& x_in,
+                                            const std::optional<at::Tensor>& smooth_in,
+                                            std::optional<std::string> activation) {
+  const char* op = "quantize";
+  check_runs(op, "x", x_in);
+  QuantizeArgs args{};
+  args.dtype = dtype_of(op, "x", x_in);
+  TORCH_CHECK(x_in.dim() >= 1, op, ": x has shape ", x_in.sizes(), ", need at least 1 dimension");
+  args.dim = x_in.size(-1);
+  args.rows = 1;
+  for (int64_t i = 0; i + 1 < x_in.dim(); ++i) args.rows *= x_in.size(i);
+  at::Tensor x = x_in.reshape({args.rows, args.dim}), smooth;
+  if (!unit_last(x)) x = x.contiguous();
+  args.x_stride = x.stride(0);
+  if (smooth_in) {
+    check_device(op, "smooth", *smooth_in, x);
+    check_dtype(op, "smooth", *smooth_in, at::kFloat);
+    check_sizes(op, "smooth", *smooth_in, {args.dim});
+    smooth = smooth_in->contiguous();
+    args.smooth = smooth.const_data_ptr<float>();
+  }
+  if (activation) {
+    TORCH_CHECK(*activation == "gelu_tanh" || *activation == "silu", op, ": activation is ",
+                *activation, ", need gelu_tanh or silu");
+    args.activation = *activation == "silu" ? 2 : 1;
+  }
+  at::Tensor q = at::empty(x_in.sizes(), x.options().dtype(at::kChar));
+  at::Tensor s = at::empty(x_in.sizes().slice(0, x_in.dim() - 1), x.options().dtype(at::kFloat));
+  args.x = x.const_data_ptr();
+  args.q = q.mutable_data_ptr<int8_t>();
+  args.s = s.mutable_data_ptr<float>();
+  if (s.numel()) FASTDIFF_RUN(quantize, args, x);  // rows without columns have a scale too: 0
+  return {q, s};
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("quantize", &fastdiff::quantize); }
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) { m.impl("quantize", &fastdiff::quantize); }

@@ -1,0 +1,310 @@
+"""Linear layers of a network in the formats of a :class:`~fastdiff.precision.Precision`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff import ops
+from fastdiff.engine.patch import Patch, forward_of
+from fastdiff.engine.request import current
+from fastdiff.ops import QuantWeight, dequantize_weight, quantize_weight
+from fastdiff.precision import Precision
+
+_PROBE = 16  # tokens of a run's first call that are computed both ways, for the error
+_BITS = {"int8": 8, "int4": 4}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix of a power of 2, orthonormal; float32."""
+    h = torch.ones(1, 1)
+    while len(h) < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h / size**0.5
+
+
+class Stored:
+    """A layer's weight as it is kept: tensors by name, made from a float weight."""
+
+    def __init__(self, format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]):
+        self.format, self.tensors, self.shape = format, dict(tensors), shape
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor, format: str, policy: Precision) -> Stored:
+        """
+        Raises:
+            ValueError: ``group`` does not divide the input channels; the layer is named.
+        """
+        w = weight.detach()
+        rows, columns = w.shape
+        if format == "bfloat16":
+            return cls(format, {"weight": w.to(torch.bfloat16)}, (rows, columns))
+        tensors: dict[str, Tensor] = {}
+        wide = w.float()
+        if policy.smooth is not None:
+            most = dict(policy.maxima).get(name)
+            if most is not None:
+                if len(most) != columns:
+                    raise ValueError(
+                        f"Precision: maxima of {name} has {len(most)} values, need {columns}"
+                    )
+                x = torch.tensor(most, dtype=torch.float32, device=w.device).clamp(min=1e-5)
+                own = wide.abs().amax(0).clamp(min=1e-5)
+                tensors["smooth"] = (x**policy.smooth / own ** (1 - policy.smooth)).clamp(1e-4, 1e4)
+                wide = wide * tensors["smooth"]
+        if policy.rotate > 1 and columns % policy.rotate == 0:
+            tensors["rotation"] = hadamard(policy.rotate).to(w.device)
+            wide = (wide.view(rows, -1, policy.rotate) @ tensors["rotation"]).view(rows, columns)
+        if policy.rank:
+            rank = min(policy.rank, rows, columns)
+            u, s, v = torch.linalg.svd(wide, full_matrices=False)
+            root = s[:rank].sqrt()
+            tensors["up"] = (u[:, :rank] * root).contiguous()
+            tensors["down"] = (root[:, None] * v[:rank]).contiguous()
+            wide = wide - tensors["up"] @ tensors["down"]
+        try:
+            q = quantize_weight(wide, bits=_BITS[format], group=policy.group)
+        except ValueError as error:
+            raise ValueError(f"Precision: layer {name}: {error}") from None
+        return cls(format, {**tensors, "values": q.values, "scale": q.scale}, (rows, columns))
+
+    @property
+    def quant(self) -> QuantWeight:
+        return QuantWeight(self.tensors["values"], self.tensors["scale"], _BITS[self.format])
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def apply(self, x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        """``act(x W^T + bias)``."""
+        if self.format == "bfloat16":
+            return ops.linear(x, self.tensors["weight"].to(x.dtype), bias, activation=activation)
+        rotation, down = self.tensors.get("rotation"), self.tensors.get("down")
+        if rotation is not None:
+            size = len(rotation)
+            x = (x.unflatten(-1, (-1, size)) @ rotation.to(x.dtype)).flatten(-2)
+        smooth = self.tensors.get("smooth")
+        if down is None:
+            return ops.quant_linear(x, self.quant, bias, activation=activation, smooth=smooth)
+        y = ops.quant_linear(x, self.quant, bias, smooth=smooth)
+        near = x if smooth is None else x / smooth.to(x.dtype)
+        y = y + F.linear(F.linear(near, down.to(x.dtype)), self.tensors["up"].to(x.dtype))
+        if activation is None:
+            return y
+        return F.silu(y) if activation == "silu" else F.gelu(y, approximate="tanh")
+
+    def error(self, weight: Tensor) -> float:
+        """Relative L2 of what is stored against the weight, on the host."""
+        if self.format == "bfloat16":
+            back = self.tensors["weight"].float()
+        else:
+            back = dequantize_weight(self.quant)
+            if "down" in self.tensors:
+                back = back + self.tensors["up"] @ self.tensors["down"]
+            if "rotation" in self.tensors:
+                size = len(self.tensors["rotation"])
+                back = (back.view(len(back), -1, size) @ self.tensors["rotation"].T).flatten(1)
+            if "smooth" in self.tensors:
+                back = back / self.tensors["smooth"]
+        w = weight.detach().float()
+        return float((back - w).norm() / w.norm().clamp(min=1e-30))
+
+
+class QuantForward:
+    """What a layer's ``forward`` is while it is quantised.
+
+    Attributes:
+        calls, seconds: since it was made; time of the host, which on a GPU is that of launches.
+        seen: sums of squares ``[2]`` of error and output, over the first calls of runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Linear,
+        format: str,
+        policy: Precision,
+        stored: Stored | None = None,
+    ):
+        self.name, self.policy, self.format = name, policy, format
+        self._module, self._plain = module, forward_of(module)
+        self.stored = stored or Stored.of(name, module.weight, format, policy)
+        self._version, self._device = module.weight._version, module.weight.device
+        self.released = False
+        self.calls, self.seconds = 0, 0.0
+        self.seen: Tensor | None = None
+        self._probed: Any = None
+
+    def _usable(self, x: Any) -> bool:
+        weight = self._module.weight
+        return (
+            type(x) is Tensor
+            and x.dtype in _DTYPES
+            and x.device == (self._device if self.released else weight.device)
+            and x.numel() > 0
+            and not self._module.training
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if not self._now(input):
+            y: Tensor = self._plain(input)
+            return y
+        return self._apply(input, None)
+
+    def activated(self, x: Tensor, activation: str | None) -> Tensor:
+        """``act(forward(x))``, for callers that would read the weight of a layer in floats."""
+        if self._now(x):
+            return self._apply(x, activation)
+        module: Any = self._module
+        if module.weight.dtype == x.dtype:
+            return ops.linear(x, module.weight, module.bias, activation=activation)
+        y: Tensor = self._plain(x)
+        if activation is None:
+            return y
+        return F.silu(y) if activation == "silu" else F.gelu(y, approximate="tanh")
+
+    def _now(self, x: Any) -> bool:
+        """Whether this call is in the layer's own format."""
+        run = current()
+        floats = run is not None and self.policy.full(run.step, run.steps)
+        if not floats and self._usable(x):
+            return True
+        if self.released:
+            raise RuntimeError(
+                f"layer {self.name} has no float weights any more (stored.release), which this "
+                "call needs: it trains, has gradients or autocast, or is on another device"
+            )
+        return False
+
+    def _apply(self, x: Tensor, activation: str | None) -> Tensor:
+        run = current()
+        start = time.perf_counter()
+        module: Any = self._module
+        if (
+            not self.released and module.weight._version != self._version
+        ):  # trained, merged or swapped since
+            self.stored = Stored.of(self.name, module.weight, self.format, self.policy)
+            self._version = module.weight._version
+        bias = module.bias
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        y = self.stored.apply(x, bias, activation)
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        if run is not None and not run.static and not self.released and self._probed is not run:
+            self._probed = run
+            self._probe(x, bias)
+        return y
+
+    def _probe(self, x: Tensor, bias: Tensor | None) -> None:
+        rows = x.reshape(-1, x.shape[-1])[:_PROBE]
+        want = F.linear(rows, self._module.weight.to(x.dtype), bias).float()
+        got = self.stored.apply(rows, bias, None).float()
+        sums = torch.stack(((got - want).square().sum(), want.square().sum()))
+        self.seen = sums if self.seen is None else self.seen + sums
+
+    def release(self) -> int:
+        """Free the float weight; gives its bytes."""
+        if self.released:
+            return 0
+        module: Any = self._module
+        freed = int(module.weight.numel() * module.weight.element_size())
+        module.weight = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+        self.released = True
+        return freed
+
+    def error(self) -> float | None:
+        """Relative L2 of the layer's output over the probed tokens; the host waits for it."""
+        if self.seen is None:
+            return None
+        wrong, all_ = self.seen.tolist()
+        return (wrong / all_) ** 0.5 if all_ else 0.0
+
+
+def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The plain linear layers of a network, by name."""
+    for name, module in network.named_modules():
+        if type(module) is nn.Linear:
+            yield name, module
+
+
+class Given(NamedTuple):
+    """A policy, and weights that were stored under it before, by the names of layers."""
+
+    policy: Precision
+    layers: dict[str, Stored]
+
+
+def quantize_layers(
+    network: nn.Module, formats: Precision | Given, patch: Patch
+) -> tuple[list[str], dict[str, QuantForward]]:
+    """Let a policy decide on every linear layer of ``network``.
+
+    Returns:
+        Sentences, and the layers that changed, by name.
+
+    Raises:
+        ValueError: a pattern of ``layers`` matches nothing, a weight is not finite, or what is
+            given is of another network.
+    """
+    given = formats.layers if isinstance(formats, Given) else None
+    policy = formats.policy if isinstance(formats, Given) else formats
+    found = dict(layers_of(network))
+    for pattern, _ in policy.layers:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(f"Precision: no layer is called {pattern!r}")
+    changed: dict[str, QuantForward] = {}
+    count: Counter[str] = Counter()
+    before = after = 0
+    for name, module in found.items():
+        form = policy.of(name, module.weight.numel())
+        count[form] += 1
+        if form == "float":
+            continue
+        stored = None
+        if given is not None:
+            stored, shape = given.get(name), tuple(module.weight.shape)
+            if stored is None or (stored.format, stored.shape) != (form, shape):
+                has = "none" if stored is None else f"{stored.format} {list(stored.shape)}"
+                raise ValueError(
+                    f"Precision: layer {name} is {form} {list(shape)} and what is given has {has}"
+                )
+        own = QuantForward(name, module, form, policy, stored)
+        patch.set(module, "forward", own)
+        changed[name] = own
+        before += module.weight.numel() * module.weight.element_size()
+        after += own.stored.bytes
+    kinds = ", ".join(f"{n} in {form}" for form, n in sorted(count.items()) if form != "float")
+    if not changed:
+        return ["precision: no layer changes"], {}
+    words = f"precision: {kinds} of {len(found)} Linear; weights {before / 2**20:.1f} MiB, "
+    words += f"stored in {after / 2**20:.1f} MiB"
+    return [words], changed
+
+
+def layer_lines(layers: Mapping[str, QuantForward]) -> list[str]:
+    """What each layer's format costs and takes, the largest errors first; the host waits."""
+    ran = [one for one in layers.values() if one.calls]
+    if not ran:
+        return []
+    errors = {one.name: one.error() for one in ran}
+    ran.sort(key=lambda one: -(errors[one.name] or 0.0))
+    lines = []
+    for one in ran:
+        error = errors[one.name]
+        words = "error not measured" if error is None else f"error {error:.2e}"
+        rows, columns = one.stored.shape
+        took = 1e3 * one.seconds / one.calls
+        lines.append(
+            f"  {one.name}: {one.format} {columns} -> {rows}, {words}, {took:.3g} ms a call"
+        )
+    return lines

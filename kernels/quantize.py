@@ -1,0 +1,133 @@
+"""Triton kernel of quantize: rows as int8, or as float8_e4m3fn, with one scale each.
+
+A program takes ROWS rows, BLOCK columns at a time: once where BLOCK holds a row, which then stays
+in registers, else twice, for the largest value and for the quotients. Products are rounded before
+they are rounded to integers (no fused multiply-add), so that without an activation the values are
+those of the reference, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Chosen by compiling (triton 3.9), not by timing: no call of fastdiff/gpu_cases.py spills registers
+# on sm_80, sm_90, sm_100, sm_120 or gfx942.
+CONFIGS = [
+    triton.Config({"ROWS": 4, "BLOCK": 1024}, num_warps=4),
+    triton.Config({"ROWS": 1, "BLOCK": 2048}, num_warps=4),
+    triton.Config({"ROWS": 1, "BLOCK": 1024}, num_warps=4),
+]
+_TINY = 2.0**-126  # times the levels: below it levels / max is no float32
+_LEVELS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@triton.jit
+def activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # 2 sqrt(2 / pi)
+    if ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def _values(x_rows, smooth_ptr, k, width, live, ACTIVATION: tl.constexpr, SMOOTH: tl.constexpr):
+    known = k < width
+    x = tl.load(x_rows[:, None] + k[None, :], mask=live[:, None] & known[None, :], other=0.0)
+    y = activated(x.to(tl.float32), ACTIVATION)
+    if SMOOTH:
+        smooth = tl.load(smooth_ptr + k, mask=known, other=1.0)
+        y = tl.div_rn(y, tl.zeros_like(y) + smooth[None, :])
+    return y
+
+
+@triton.jit
+def _most(y):
+    """The largest absolute value of a row: infinite where one is a NaN."""
+    size = tl.abs(y)
+    return tl.max(tl.where(size < float("inf"), size, float("inf")), 1)
+
+
+@triton.jit
+def _integers(y, inverse, usable, LEVELS: tl.constexpr, Q: tl.constexpr):
+    v = y * inverse[:, None]
+    if Q == tl.int8:
+        v = (v + 12582912.0) - 12582912.0  # 1.5 2^23: to an integer, ties to even
+    v = tl.minimum(tl.maximum(v, -LEVELS), LEVELS)
+    return tl.where(usable[:, None], v, 0.0).to(Q)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # [M, K], unit last stride
+    smooth_ptr,  # [K], contiguous
+    q_ptr,  # [M, K], contiguous
+    s_ptr,  # [M], contiguous
+    rows,  # M
+    width,  # K
+    x_m,
+    LEVELS: tl.constexpr,
+    TINY: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "none" or its name
+    SMOOTH: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK holds a row
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # int64: M * K
+    k = tl.arange(0, BLOCK)
+    live = m < rows
+    x_rows, q_rows = x_ptr + m * x_m, q_ptr + m * width
+    Q: tl.constexpr = q_ptr.dtype.element_ty
+
+    y = _values(x_rows, smooth_ptr, k, width, live, ACTIVATION, SMOOTH)
+    most = _most(y)
+    if not WHOLE:
+        for at in range(BLOCK, width, BLOCK):
+            y = _values(x_rows, smooth_ptr, at + k, width, live, ACTIVATION, SMOOTH)
+            most = tl.maximum(most, _most(y))
+    finite = most < float("inf")
+    usable = finite & (most >= TINY)
+    # LEVELS / most as torch has it: a reciprocal, then a product.
+    inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(usable, most, 1.0)) * LEVELS
+    scale = tl.where(usable, tl.div_rn(most, tl.full([ROWS], LEVELS, tl.float32)), 0.0)
+    scale = tl.where(finite, scale, float("nan"))
+    tl.store(s_ptr + m, scale, mask=live)
+    if WHOLE:
+        q = _integers(y, inverse, usable, LEVELS, Q)
+        tl.store(q_rows[:, None] + k[None, :], q, mask=live[:, None] & (k < width)[None, :])
+    else:
+        for at in range(0, width, BLOCK):
+            y = _values(x_rows, smooth_ptr, at + k, width, live, ACTIVATION, SMOOTH)
+            q = _integers(y, inverse, usable, LEVELS, Q)
+            mask = live[:, None] & (at + k < width)[None, :]
+            tl.store(q_rows[:, None] + (at + k)[None, :], q, mask=mask)
+
+
+def quantize(
+    x: Tensor,
+    smooth: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype = torch.int8,
+    *,
+    config: triton.Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch on the current stream; shapes as in ``fastdiff.ops.quantize``."""
+    K = x.shape[-1]
+    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    s = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if s.numel():
+        flat = x.reshape(s.numel(), K)
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        config = config or next((c for c in CONFIGS if c.kwargs["BLOCK"] >= K), CONFIGS[-1])
+        _quantize_kernel[(triton.cdiv(s.numel(), config.kwargs["ROWS"]),)](
+            flat, flat if smooth is None else smooth.contiguous(), q, s,
+            s.numel(), K, flat.stride(0),
+            LEVELS=_LEVELS[dtype], TINY=_LEVELS[dtype] * _TINY, ACTIVATION=activation or "none",
+            SMOOTH=smooth is not None, WHOLE=config.kwargs["BLOCK"] >= K,
+            **config.kwargs, num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return q, s

@@ -1,0 +1,60 @@
+"""One-line faults of csrc/cuda/quant_linear.cu, or of tiles.h, that
+tests/cuda/test_quant_linear.py must find.
+
+A fault is (name, text that occurs once in the file, text in its place).
+"""
+
+MUTANTS = [
+    ("a row's end is not looked at", "row && k + i < end ? row[k + i] : 0", "row ? row[k + i] : 0"),
+    (
+        "groups run into each other",
+        "if (groups && k >= end) k = end, end += size;",
+        "if (groups && k >= end) end += size;",
+    ),
+    ("a group's end is forgotten", "k = end, end += size;", "k = end, end += 2 * size;"),
+    ("the first group's scale for all", "a.scale[of * G + g]", "a.scale[of * G]"),
+    ("groups' sums are not begun anew", "          sum[m][n][e] = 0;\n", ""),
+    (
+        "scales of the neighbouring column",
+        "column + 8 * n + e % 2;",
+        "column + 8 * n + (e + 1) % 2;",
+    ),
+    ("scales past the last column", "of < N ? a.scale[of * G + g] : 0.0f", "a.scale[of * G + g]"),
+    (
+        "a group's last slice is not waited for",
+        "++part < per) return;",
+        "++part < per - 1) return;",
+    ),
+    ("no slice for a tail", "(size + kBytes - 1) / kBytes", "size / kBytes"),
+    (
+        "a token's scale is that of its tile",
+        "const float s = a.s[m];",
+        "const float s = a.s[first];",
+    ),
+    ("rows past the last are written", "if (m >= M) return;", ""),
+    (
+        "bias is scaled",
+        "fmaf(s, x, inside && bias ? gpu::to_float(bias[n + j]) : 0.0f)",
+        "s * (x + (inside && bias ? gpu::to_float(bias[n + j]) : 0.0f))",
+    ),
+    ("bias past the last column", "inside && bias ? gpu", "bias ? gpu"),
+    ("no columns, and a scale is read", "inside && G ? u[j]", "inside ? u[j]"),
+    ("silu is a sigmoid", "y[j] *= gpu::sigmoid(y[j])", "y[j] = gpu::sigmoid(y[j])"),
+    ("an element in front of an aligned row", "at16(a.q) && at16(a.values) && ", ""),
+    ("groups that are not aligned are taken for it", " && (!groups || a.K / a.G % 16 == 0)", ""),
+    ("rows of K that are not aligned are taken for it", "a.K % 16 == 0 && ", ""),
+    ("the upper half of a slice twice", "16 * part, end,", "16 * (part % 2), end,"),
+    ("rows past the last are read", "q[j] = m < M ?", "q[j] = m <= M ?"),
+    ("weights past the last are read", "w[j] = n < N ?", "w[j] = n <= N ?"),
+    ("no wait for a slice", "    gpu::cp_async_wait<kStages - 2>();\n", ""),
+    (
+        "halves of a product change places",
+        "gpu::mma_16816<T>(sum[m][n], p[m], q[0], q[1]);",
+        "gpu::mma_16816<T>(sum[m][n], p[m], q[0], q[2]);",
+    ),
+    (
+        "the slice in use is overwritten",
+        "shared + next % kStages * Own::stage;",
+        "shared + step % kStages * Own::stage;",
+    ),
+]

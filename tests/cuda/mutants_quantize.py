@@ -1,0 +1,47 @@
+"""One-line faults of csrc/cuda/quantize.cu that tests/cuda/test_quantize.py must find.
+
+A fault is (name, text that occurs once in the file, text in its place).
+"""
+
+MUTANTS = [
+    ("a NaN is passed over", "fmaxf(most, size < INFINITY ? size : INFINITY)", "fmaxf(most, size)"),
+    ("rows past the last", "if (row >= a.rows) return;", ""),
+    ("the least of the range is lost", "most >= kTiny", "most > kTiny"),
+    ("rows below the range have a scale", "finite && most >= kTiny", "finite && most > 0.0f"),
+    ("no barrier before the warps' maxima are read", "    __syncthreads();\n", ""),
+    (
+        "a warp's maximum is left out",
+        "for (int w = 0; w < kWarps; ++w) most",
+        "for (int w = 1; w < kWarps - 1; ++w) most",
+    ),
+    ("lanes keep their maxima", "most = gpu::warp_max(most);", ""),
+    (
+        "halves go away from zero",
+        "rintf(__fmul_rn(v[i], inverse))",
+        "roundf(__fmul_rn(v[i], inverse))",
+    ),
+    (
+        "a quotient in place of the product",
+        "__fmul_rn(__fdiv_rn(1.0f, most), kLevels)",
+        "__fdiv_rn(kLevels, most)",
+    ),
+    ("smooth multiplies", "__fdiv_rn(v[i], by.e[i])", "v[i] * by.e[i]"),
+    ("one element: smooth of another column", "a.smooth[k])", "a.smooth[0])"),
+    (
+        "smooth before the activation",
+        "if (a.activation == kGeluTanh) v[i]",
+        "if (a.activation == kGeluTanh && !a.smooth) v[i]",
+    ),
+    ("silu is a sigmoid", "v[i] *= gpu::sigmoid(v[i])", "v[i] = gpu::sigmoid(v[i])"),
+    ("misaligned smoothing is taken for aligned", "at(a.smooth, 16) && ", ""),
+    ("misaligned rows are taken for aligned", "at(a.x, 16) && ", ""),
+    ("strides of rows are not looked at", " && (a.rows <= 1 || a.x_stride % 8 == 0)", ""),
+    ("rows lie side by side", "row * a.x_stride", "row * a.dim"),
+    ("every lane writes the scale of its own", "if (first == 0)", "if (lane == 0)"),
+    (
+        "shared memory for half of the warps",
+        "kWarps * sizeof(float), stream, a",
+        "kWarps / 2 * sizeof(float), stream, a",
+    ),
+    ("unusable rows keep their quotients", "    if (usable) {\n", "    {\n"),
+]
