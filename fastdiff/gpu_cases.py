@@ -74,9 +74,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         lambda: _call(*qkv(2, 8, 64, 160), bias=t(2, 1, 64)),
     )
     yield Case("attention", "SD 3, a quarter of 4x24x4096x64, packed", lambda: _packed(dtype))
-    yield Case("quant_attention", "SD 3, 2x24x4096x64", lambda: _call(*qkv(2, 24, 4096, 64)))
-    yield Case("quant_attention", "DiT-XL/2 2x16x1024x72", lambda: _call(*qkv(2, 16, 1024, 72)))
-    yield Case("quant_attention", "Flux 1x24x4608x128", lambda: _call(*qkv(1, 24, 4608, 128)))
     yield Case("fused_step", "SDXL 2x4x128x128, second order", lambda: step(False))
     yield Case("fused_step", "SDXL 2x4x128x128, guided, rescaled, noise", lambda: step(True))
     yield Case(
@@ -164,7 +161,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         ),
     )
     few = _steps, _adapters, _low_rank, _aggregations, _small_experts, _experts
-    for some in (*few, _sparse, _quantized):
+    for some in (*few, _sparse, _quantized, _int8_scores):
         yield from some(dtype)
 
 
@@ -444,6 +441,17 @@ def _trained(dtype: torch.dtype) -> Iterator[Case]:
         "DiT-XL/2, 5 % of 4608x1152, int64, step on the device",
         lambda: call(torch.int64, torch.empty(1)),
     )
+
+
+def _int8_scores(dtype: torch.dtype) -> Iterator[Case]:
+    """Self-attention of SD 3, DiT-XL/2 at 512 px, and Flux."""
+
+    def call(*shape: int) -> Call:
+        return _call(*(torch.empty(shape, dtype=dtype) for _ in range(3)))
+
+    yield Case("quant_attention", "SD 3, 2x24x4096x64", lambda: call(2, 24, 4096, 64))
+    yield Case("quant_attention", "DiT-XL/2 2x16x1024x72", lambda: call(2, 16, 1024, 72))
+    yield Case("quant_attention", "Flux 1x24x4608x128", lambda: call(1, 24, 4608, 128))
 
 
 def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator[Case]:

@@ -7,12 +7,12 @@ arXiv:2410.02367, section 3 and eq. 1 to 5).
     out[i]  = sum_j softmax_j(S[i, j]) v[j]
 
 The mean takes the same number off every score of a query, which its softmax does not see; what it
-leaves of keys with a large common part is small enough for 8 bits. A scale for each token, where
-the paper has one for each block of them: no value is rounded more coarsely for its neighbours
-(an error of 0.9 % of the outputs in place of 1.2 % with blocks of 64, for normal q, k and v of [2,
-16, 1024, 64]), and padding of blocks needs no thought. Integers are exact on every row; the mean is the float32 of a float64
-sum and rows are rounded to integers from float32, whatever the dtype, so that rows of the table
-and dtypes agree on them but for rare ties.
+leaves of keys with a large common part is small enough for 8 bits. The paper has a scale for each
+block of tokens; here every token has its own, so that none is rounded more coarsely for its
+neighbours: 0.9 % of the outputs are error in place of 1.2 % with blocks of 64 (normal q, k and v,
+[2, 16, 1024, 64]). Integers are exact on every row; the mean is the float32 of a float64 sum and
+rows are rounded to integers from float32, whatever the dtype, so that rows of the table and dtypes
+agree on them but for rare ties.
 
 Non-finite values: a row of q with a NaN or an infinity, or a head with one in k, gives NaN. So
 does a row whose scores overflow float32. v is read as :func:`attention` reads it. Rounding has no
