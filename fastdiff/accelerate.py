@@ -190,7 +190,7 @@ def accelerate(
     /,
     *,
     cache: Any = None,
-    precision: Precision | None = None,
+    precision: Precision | Given | None = None,
     exact: bool = True,
     cache_bytes: int | None = None,
     view: BlockView | None = None,

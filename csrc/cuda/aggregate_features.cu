@@ -201,9 +201,10 @@ __global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesAr
   const int64_t end = first + kChannels < a.C ? first + kChannels : a.C;
   for (int64_t c = first + warp; c < end; c += kWarps) {
     float x[width], sum[width] = {};
+    const T* from = sample_of<T>(a.x, 0, b) + c * a.P + p;
 #pragma unroll 4
-    for (int k = 0; k < K; ++k) {
-      load<width>(sample_of<T>(a.x, k, b) + c * a.P + p, x);
+    for (int k = 0; k < K; ++k, from += a.x.k_stride) {
+      load<width>(from, x);
 #pragma unroll
       for (int i = 0; i < width; ++i)
         sum[i] = fmaf(weights[k * kTile + lane * width + i], x[i], sum[i]);

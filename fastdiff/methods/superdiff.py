@@ -84,7 +84,7 @@ def and_weights(b: Tensor, gram: Tensor, h: float, ridge: float, clamp: float) -
 
 
 def _change(eps: Tensor, other: Tensor, along: Tensor, half: float) -> Tensor:
-    """``d log q`` of ``eps [B, ...]`` less that of ``other``, ``[B]`` float64: with along = du / tau
+    """``d log q`` of ``eps [B, ...]`` less that of ``other``, ``[B]`` float64: with along = du/tau
     and half = (tau^2 - tau'^2) / (2 tau^2) it is ``<other - eps, along + half (eps + other)>``."""
     return ops.sample_sums(other - eps, along + half * (eps + other), kind="product").double()
 
