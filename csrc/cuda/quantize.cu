@@ -49,7 +49,7 @@ __device__ __forceinline__ void values(const QuantizeArgs& a, const T* x, int64_
 
 // Grid: rows, or kWarps of them a block. Shared, where a block has a row: float[kWarps].
 template <class T, int width, bool block>
-__global__ void __launch_bounds__(kThreads) quantize_rows(QuantizeArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
   GPU_SHARED(float, shared);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t row = block ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + warp;

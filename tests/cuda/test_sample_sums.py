@@ -59,6 +59,19 @@ def test_layouts_have_the_same_bits(layout):
             assert torch.equal(run(x, testing.lay(y, layout), "product"), want)
 
 
+@pytest.mark.parametrize("size, stride", ((8, 9), (7, 8), (70, 72), (4098, 4100)))
+def test_samples_apart(size, stride):
+    """Aligned first samples: those after them are not, or NaN stands where a load of four ends."""
+    x, y = inputs((3, size))
+    for dtype in testing.DTYPES:
+        a, b = x.to(dtype), y.to(dtype)
+        apart = torch.full((3, stride), float("nan"), dtype=dtype)[:, :size].copy_(a)
+        want = run(a, b, "product")
+        assert torch.equal(run(apart, b, "product"), want)
+        assert torch.equal(run(b, apart, "product"), want)
+        assert torch.equal(run(apart, apart, "square"), run(a, a, "square"))
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     for size in (77, 4097):
         x, y = inputs((4, size))

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdiff import samplers
 from fastdiff.cache import Broadcast, FirstBlock
+from fastdiff.methods.guide import norms
 from fastdiff.methods.sda import low_pass, sda
 from fastdiff.models import DiT
 from fastdiff.samplers import DDIM, Run
@@ -206,3 +207,17 @@ def test_bad_filter():
         low_pass(2, "nearest")
     with pytest.raises(ValueError, match="need a tensor"):
         sda(gaussian(), (2, *SHAPE))
+
+
+def test_norms_of_zero_and_nan():
+    """0 where a sample is 0, with no gradient there; NaN stays in its sample."""
+    g = torch.randn(4, 2, 3, 3)
+    g[1], g[2, 0, 0, 0] = 0, math.nan
+    g.requires_grad_()
+    found = norms(g)
+    want = torch.linalg.vector_norm(g.flatten(1), dim=1).view(4, 1, 1, 1)
+    torch.testing.assert_close(found, want, equal_nan=True)
+    (grad,) = torch.autograd.grad(found[[0, 1, 3]].sum(), g)
+    (plain,) = torch.autograd.grad(want[[0, 1, 3]].sum(), g)
+    torch.testing.assert_close(grad[[0, 1, 3]], plain[[0, 1, 3]])
+    assert not grad[1].any() and norms(g.detach().half()).dtype == torch.float16

@@ -9,7 +9,7 @@ from torch import nn
 import fastdiff
 from fastdiff import samplers
 from fastdiff.cache import Forecast
-from fastdiff.methods.superdiff import and_weights, or_weights, superdiff
+from fastdiff.methods.superdiff import _change, and_weights, or_weights, superdiff
 from fastdiff.models.dit import DiT
 from fastdiff.samplers import DDIM, Flow
 from fastdiff.samplers.schedule import Levels
@@ -293,3 +293,20 @@ def test_bad_input(settings, words):
     with pytest.raises(ValueError, match=words):
         superdiff([gaussian(ONE), gaussian(TWO)], x, **settings)
     assert torch.equal(x, before)
+
+
+def test_changes_of_models_that_nearly_agree_keep_their_digits():
+    """Each changes by thousands; errors are of what they differ by, not of those."""
+    g = torch.Generator().manual_seed(0)
+    eps, along = torch.randn(2, 1, 4, 64, 64, generator=g)
+    near = eps + 1e-3 * torch.randn(eps.shape, generator=g)
+    tau, half = 0.7, 0.31
+    s, t, du = (-eps.double() / tau), (-near.double() / tau), along.double() * tau
+    want = ((t - s) * du - half * tau**2 * (t.square() - s.square())).flatten(1).sum(1)
+    got = _change(near, eps, along, half)
+    assert got.dtype == torch.float64
+    size = ((t - s) * (du - half * tau**2 * (t + s))).abs().flatten(1).sum(1)
+    assert ((got - want).abs() <= 1e-6 * size).all() and size < 50
+    whole = _change(eps, torch.zeros_like(eps), along, half)
+    want = (s * du - half * tau**2 * s.square()).flatten(1).sum(1)
+    torch.testing.assert_close(whole, want, rtol=1e-5, atol=1e-3)
