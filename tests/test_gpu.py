@@ -55,7 +55,7 @@ def arguments(op, of):
     return args, tuple(wide.get(id(a), a) for a in args)
 
 
-# Tokens and weights of theirs are tuples of integers and scales: tests/ops has their rows, on a CPU.
+# Theirs are tuples of integers and scales: tests/ops has their rows, on a CPU.
 TUPLES = {"quantize", "quant_linear"}
 
 
