@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads)
 // Planes, one logit for a position: a block takes 32 * width positions of kChannels planes, a warp
 // every kWarps-th plane. Shared: float[K][32 * width], the weights.
 template <class T, class L, int width>
-__global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesArgs a) {
+__global__ void __launch_bounds__(kThreads, width == 4 ? 4 : 0)
+    aggregate_planes(AggregateFeaturesArgs a) {
   GPU_SHARED(float, weights);
   constexpr int kTile = 32 * width;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -202,12 +203,12 @@ __global__ void __launch_bounds__(kThreads) aggregate_planes(AggregateFeaturesAr
   for (int64_t c = first + warp; c < end; c += kWarps) {
     float x[width], sum[width] = {};
     const T* from = sample_of<T>(a.x, 0, b) + c * a.P + p;
-    const float* w = weights + lane * width;
 #pragma unroll 4
-    for (int k = 0; k < K; ++k, from += a.x.k_stride, w += kTile) {
+    for (int k = 0; k < K; ++k, from += a.x.k_stride) {
       load<width>(from, x);
 #pragma unroll
-      for (int i = 0; i < width; ++i) sum[i] = fmaf(w[i], x[i], sum[i]);
+      for (int i = 0; i < width; ++i)
+        sum[i] = fmaf(weights[k * kTile + lane * width + i], x[i], sum[i]);
     }
     store<width>(sum, static_cast<T*>(a.out) + (b * a.C + c) * a.P + p);
   }
