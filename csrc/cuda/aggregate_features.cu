@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Planes, one logit for a position: a block takes 32 * width positions of kChannels planes, a warp
-// every kWarps-th plane. Shared: float[K][32 * width], the weights.
+// every kWarps-th plane. Shared: float[K][32 * width], the weights. Four blocks are asked for, up
+// to 64 registers: else the compilers settle on 48, and one of them spills.
 template <class T, class L, int width>
 __global__ void __launch_bounds__(kThreads, width == 4 ? 4 : 0)
     aggregate_planes(AggregateFeaturesArgs a) {

@@ -54,8 +54,10 @@ __device__ void copy_tile(const T* y, int64_t y_t, T* out, int64_t N, int rows, 
 }  // namespace
 
 // Grid: tiles of rows of all samples, by stretches of `share` columns. Shared: Low::shared bytes.
+// Of small ranks 4 blocks are asked for, more than shared memory lets be: up to 64 registers, where
+// the compilers else settle on 48 and 58, each on its own.
 template <class T, int R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, R <= 64 ? 4 : 0)
     lora_add_tiles(LoraAddArgs a, int tiles, int share, LoraAligned aligned) {
   using Own = Low<R>;
   constexpr int kPitch = Slice<false, 64>::pitch;
