@@ -41,6 +41,8 @@ def arguments(op, of):
             return (
                 16 * torch.arange(n) if n % 2 else (24 * torch.arange(16)).repeat(n // 16)
             ).int()
+        if dtype == torch.int8:
+            return torch.randint(-127, 128, shape, dtype=dtype)
         if dtype is not None:  # a table of coefficients, which stays float32
             t = torch.rand(shape, dtype=dtype)
             if op == "moe_combine":
@@ -48,29 +50,40 @@ def arguments(op, of):
             return t
         t = torch.randn(shape).to(of)
         if op != "sparse_adamw_":  # whose weight takes what float32 gives
-            wide[id(t)] = t.double()
+            # Integers are rounded from float32: in float64 some would be their neighbours.
+            wide[id(t)] = t.float() if op == "quantize" else t.double()
         return t
 
+    def widened(a):
+        if isinstance(a, ops.Quantized):
+            return a._replace(dtype=torch.float64)
+        return wide.get(id(a), a)
+
     args = info.CALLS[op](new)
-    return args, tuple(wide.get(id(a), a) for a in args)
+    return args, tuple(map(widened, args))
 
 
-# Theirs are tuples of integers and scales: tests/ops has their rows, on a CPU.
-TUPLES = {"quantize", "quant_linear"}
+def each(values, do):
+    """``do`` of every tensor, those within tuples of their own too."""
+    for v in values:
+        if isinstance(v, ops.Quantized | ops.QuantWeight):
+            yield type(v)(*each(v, do))
+        else:
+            yield do(v) if hasattr(v, "to") else v
 
 
 def moved(values, to):
-    return tuple(v.to(to) if hasattr(v, "to") else v for v in values)
+    return tuple(each(values, lambda v: v.to(to)))
 
 
 def called(op, args):
     """The outputs of a call on copies of its tensors: some are written to."""
-    own = (a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    own = each(args, lambda a: a.clone() if isinstance(a, torch.Tensor) else a)
     return tensors(getattr(ops, op)(*own, **info.KEYWORDS.get(op, {})))
 
 
 def tensors(out):
-    return [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +91,7 @@ def tensors(out):
     [("cpu", torch.bfloat16)]
     + [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in info.DTYPES],
 )
-@pytest.mark.parametrize("op", [op for op in info.op_names() if op not in TUPLES])
+@pytest.mark.parametrize("op", info.op_names())
 def test_every_row_that_takes_a_call_is_right(op, device, dtype):
     args, wide = arguments(op, dtype)
     there = moved(args, device)
