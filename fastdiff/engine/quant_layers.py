@@ -144,6 +144,11 @@ class QuantForward:
         self.seen: Tensor | None = None
         self._probed: Any = None
 
+    @property
+    def steady(self) -> bool:
+        """It has this format at every step."""
+        return not self.policy.first and not self.policy.last
+
     def _usable(self, x: Any) -> bool:
         weight = self._module.weight
         return (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff.engine.request import current
 from fastdiff.integrations.rules import readable
+from fastdiff.nn.layers import heard
 
 _MOST = 4  # prompts kept of a layer: guidance calls the network with two in turn
 
@@ -37,15 +38,18 @@ class _Entry(NamedTuple):
     pair: tuple[Tensor, Tensor] | None  # None at first sight: a prompt seen once is not kept
 
 
+def _steady(layer: Any, context: Tensor) -> bool:
+    """A layer that gives the same for the same weights at every step: a plain one, or one in another
+    format that has no steps in floats."""
+    steady = getattr(layer.__dict__.get("forward"), "steady", False) and not heard(layer)
+    return steady or readable(layer, nn.Linear, context)
+
+
 def project(module: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """``to_k(context)`` and ``to_v(context)``, ``[B, T, H*D]`` each, not to be written to."""
     layers = module.to_k, module.to_v
     request = current()
-    if (
-        request is None
-        or request.static
-        or not all(readable(layer, nn.Linear, context) for layer in layers)
-    ):
+    if request is None or request.static or not all(_steady(layer, context) for layer in layers):
         return module.to_k(context), module.to_v(context)
     weights = [w for layer in layers for w in (layer.weight, layer.bias) if w is not None]
     base = context if context._base is None else context._base
