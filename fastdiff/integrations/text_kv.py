@@ -39,8 +39,8 @@ class _Entry(NamedTuple):
 
 
 def _steady(layer: Any, context: Tensor) -> bool:
-    """A layer that gives the same for the same weights at every step: a plain one, or one in another
-    format that has no steps in floats."""
+    """A layer gives the same for the same weights at every step: it is a plain one, or one in
+    another format that has no steps in floats."""
     steady = getattr(layer.__dict__.get("forward"), "steady", False) and not heard(layer)
     return steady or readable(layer, nn.Linear, context)
 
