@@ -119,6 +119,11 @@ class Stored:
         return float((back - w).norm() / w.norm().clamp(min=1e-30))
 
 
+def _version(weight: Tensor) -> int:
+    """Writes to a weight so far; one made in inference mode has no count, and is taken to stay."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class QuantForward:
     """What a layer's ``forward`` is while it is quantised.
 
@@ -138,7 +143,7 @@ class QuantForward:
         self.name, self.policy, self.format = name, policy, format
         self._module, self._plain = module, forward_of(module)
         self.stored = stored or Stored.of(name, module.weight, format, policy)
-        self._version, self._device = module.weight._version, module.weight.device
+        self._version, self._device = _version(module.weight), module.weight.device
         self.released = False
         self.calls, self.seconds = 0, 0.0
         self.seen: Tensor | None = None
@@ -197,10 +202,10 @@ class QuantForward:
         start = time.perf_counter()
         module: Any = self._module
         if (
-            not self.released and module.weight._version != self._version
+            not self.released and _version(module.weight) != self._version
         ):  # trained, merged or swapped since
             self.stored = Stored.of(self.name, module.weight, self.format, self.policy)
-            self._version = module.weight._version
+            self._version = _version(module.weight)
         bias = module.bias
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         y = self.stored.apply(x, bias, activation)

@@ -210,6 +210,34 @@ def test_weights_that_change_are_quantised_anew(model):
     assert distance(after, call(model)) < 2e-2 < distance(before, after)
 
 
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        own = dit()
+        plain = own(*inputs())
+        fastdiff.accelerate(own, precision=Precision())
+        assert 0 < distance(own(*inputs()), plain) < 2e-2
+        fastdiff.restore(own)
+        assert torch.equal(own(*inputs()), plain)
+
+
+def test_an_error_in_a_step_leaves_nothing_behind(model):
+    want = run(model, cache=Precision())
+    fastdiff.accelerate(model, precision=Precision(), exact=False)
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            raise RuntimeError("planted")
+
+    hook = model.blocks[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(model)
+    hook.remove()
+    assert torch.equal(run(model), want) and torch.equal(run(model), want)
+    fastdiff.restore(model)
+
+
 def test_gradients_and_training_take_the_floats(model):
     x, t, y = inputs()
     x.requires_grad_()
