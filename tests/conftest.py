@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.guidance import ClassifierFree
+from fastdiff.ops._check import check_range
 from fastdiff.ops.fused_step import COLUMNS, Noise, fused_step, philox_normal
 from fastdiff.samplers.ddim import DDIM
 from fastdiff.samplers.ddpm import DDPM
@@ -103,6 +104,8 @@ def _classes(model: Any, classes: Tensor | None, batch: int, device: torch.devic
         found = f"{classes.dtype} {list(classes.shape)}" if isinstance(classes, Tensor) else classes
         need = f"[{batch}, K, 3] of class, top and left" if layout else f"[{batch}]"
         raise ValueError(f"sample: classes is {found}, need torch.int64 {need}")
+    if null is not None and not layout:
+        check_range("sample", "classes", classes, 0, null + 1)
     return classes.to(device)
 
 

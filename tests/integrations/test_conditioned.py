@@ -203,6 +203,9 @@ def test_bad_input():
             Conditioned(**{**good, **bad})
     with pytest.raises(ValueError, match="y is None"):
         Conditioned(**good)(x, t)
+    for classes in (torch.tensor([4, 0]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="sample: classes has value (4|-1), need 0 to 3"):
+            fastdiff.sample(Conditioned(**good), x, classes=classes, steps=2)
     with pytest.raises(ValueError, match="needs a pipeline"):
         fastdiff.accelerate(
             Conditioned(**good), cache=fastdiff.cache.EncoderPropagation(2, inject=0.1)
