@@ -285,7 +285,9 @@ CASES = [
     (unet, [DeepCache(3)]),
     (unet, [Broadcast(2, 3, 2, start=0.2, order=1)]),
 ]
-every = pytest.mark.parametrize("make, policies", CASES, ids=str)
+every = pytest.mark.parametrize(
+    "make, policies", CASES, ids=lambda v: getattr(v, "__name__", str(v))
+)
 
 
 @every

@@ -97,9 +97,13 @@ TOKENS = [
     (dit, [RegionAdaptive(0.5, 2, (6,)), Broadcast(2, 3, 2, start=0.2, order=1)]),
 ]
 CASES += TOKENS
-every = pytest.mark.parametrize(
-    "make, policies", CASES, ids=lambda v: getattr(v, "__name__", str(v))
-)
+
+
+def name(value):
+    return getattr(value, "__name__", str(value))
+
+
+every = pytest.mark.parametrize("make, policies", CASES, ids=name)
 
 
 @every
@@ -114,7 +118,7 @@ def test_programs_give_the_bits_of_the_network_and_of_each_other(make, policies)
 
 
 @pytest.mark.parametrize(
-    "make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:19], *TOKENS], ids=str
+    "make, policies", [*CASES[:6], CASES[7], CASES[11], *CASES[14:19], *TOKENS], ids=name
 )
 def test_every_program_can_be_captured(make, policies):
     model = fastdiff.accelerate(make(), cache=policies)
