@@ -15,7 +15,14 @@ from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
-from fastdiff.engine.quant_layers import Given, QuantForward, layer_lines, quantize_layers
+from fastdiff.engine.quant_layers import (
+    Given,
+    QuantForward,
+    QuantScores,
+    layer_lines,
+    quantize_layers,
+    quantize_scores,
+)
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
 from fastdiff.engine.weights import Watch
@@ -40,18 +47,23 @@ class Acceleration:
         cache_bytes: what the caches of a run may hold at a time, None for any number.
         policies: of its caches.
         precision: the policy of its layers' formats, or None.
-        layers: those in another format, by name.
+        layers, attentions: those in another format, by name.
     """
 
     def __init__(self, cache_bytes: int | None = None, policies: Sequence[Any] = ()) -> None:
         self.cache_bytes, self.policies = cache_bytes, policies
         self.precision: Precision | None = None
         self.layers: dict[str, QuantForward] = {}
+        self.attentions: dict[str, QuantScores] = {}
         self.patch = Patch()
         self.parts: list[str] = []
         self.last: Request | None = None
         self.inject: EncoderPropagation | None = None
         self.lonely = 0
+
+    def formats(self) -> list[QuantForward | QuantScores]:
+        """Layers and attentions in another format."""
+        return [*self.layers.values(), *self.attentions.values()]
 
 
 def network_of(model: Any) -> Any:
@@ -295,10 +307,14 @@ def _apply(
     try:
         for name, network in networks.items():
             parts = integrations.exact(network, patch) if exact else []
-            if formats is not None:
-                words, found = quantize_layers(network, formats, patch)
-                parts += words
-                acceleration.layers |= {f"{name}.{k}" if name else k: v for k, v in found.items()}
+            if acceleration.precision is not None:
+                asking = dict(integrations.asking(network))
+                words, found = quantize_layers(network, formats, patch, asking)
+                more, scores = quantize_scores(asking, acceleration.precision, patch)
+                parts += words + more
+                begin = f"{name}." if name else ""
+                acceleration.layers |= {begin + k: v for k, v in found.items()}
+                acceleration.attentions |= {begin + k: v for k, v in scores.items()}
             parts += integrations.reuse(network, policies, patch, view)
             acceleration.parts += [f"{name}: {part}" if name else part for part in parts]
             _count_calls(network, target, acceleration)
@@ -379,7 +395,7 @@ def summary(target: Any, run: Request | None = None) -> str:
     """
     acceleration = _acceleration("summary", target)
     run = run or acceleration.last
-    lines = [*acceleration.parts, *layer_lines(acceleration.layers)]
+    lines = [*acceleration.parts, *layer_lines(acceleration.formats())]
     for name, network in _networks(target).items():
         states = [a.state() for a in adapters.attached(network)]
         lines += [f"{name}: {state}" if name else state for state in states]

@@ -4,7 +4,10 @@ r"""What the linear layers of a network compute in, and what their weights are s
     int4      weights of 4 bits, widened to int8 for the same products
     bfloat16  weights stored in 16 bits, products in float32
 
-Beside them, for outliers:
+and what the scores of its attentions are products of: int8 with a scale a token, or floats
+(``fastdiff.ops.quant_attention``).
+
+For outliers:
 
     smooth    SmoothQuant (Xiao et al. 2023, arXiv:2211.10438, eq. 4): channel k of the tokens is
               divided by ``max |x_k|^a / max |w_k|^(1 - a)`` and column k of the weight multiplied
@@ -22,7 +25,8 @@ from fnmatch import fnmatchcase
 
 FORMATS = ("int8", "int4", "bfloat16", "float")
 # Few rows, or what all tokens hang on: they cost little and show in every pixel.
-KEEP = ("*embed*", "*final_layer*", "*norm_out*", "proj_out*", "time_text*")
+# Over a prompt's tokens (attn2 of diffusers) there are few scores.
+KEEP = ("*embed*", "*final_layer*", "*norm_out*", "proj_out*", "time_text*", "*.attn2")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Precision:
         rank: of the correction in floats; 0: none.
         rotate: channels of a rotated block, a power of 2; 0: none. Layers whose inputs it does not
             divide are not rotated.
+        attention: "int8" or "float": scores of the attentions that have no mask; patterns of
+            ``layers`` (with "float") and ``keep`` match their names too.
 
     Raises:
         ValueError: an argument does not fit.
@@ -59,6 +65,7 @@ class Precision:
     maxima: Sequence[tuple[str, Sequence[float]]] = ()
     rank: int = 0
     rotate: int = 0
+    attention: str = "float"
 
     def __post_init__(self) -> None:
         for name in ("layers", "maxima"):
@@ -74,6 +81,8 @@ class Precision:
                 raise ValueError(
                     f"Precision: format is {value!r}, need one of {', '.join(FORMATS)}"
                 )
+        if self.attention not in ("float", "int8"):
+            raise ValueError(f"Precision: attention is {self.attention!r}, need 'float' or 'int8'")
         for name in ("least", "first", "last", "rank", "rotate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -100,7 +109,8 @@ class Precision:
     @property
     def neutral(self) -> bool:
         """Nothing changes."""
-        return self.format == "float" and all(form == "float" for _, form in self.layers)
+        forms = {self.format, self.attention, *(form for _, form in self.layers)}
+        return forms == {"float"}
 
     def of(self, name: str, weights: int) -> str:
         """The format of a layer with so many weights."""
@@ -110,6 +120,13 @@ class Precision:
         if weights < self.least or any(fnmatchcase(name, pattern) for pattern in self.keep):
             return "float"
         return self.format
+
+    def scores(self, name: str) -> str:
+        """What the scores of an attention are products of."""
+        for pattern, form in self.layers:
+            if fnmatchcase(name, pattern):
+                return form if form == "float" else self.attention
+        return "float" if any(fnmatchcase(name, p) for p in self.keep) else self.attention
 
     def full(self, step: int, steps: int | None) -> bool:
         """Whether a step is in floats. Where the number of steps is not known there are no last."""

@@ -45,13 +45,13 @@ def candidates(network: nn.Module, ratios: Sequence[float] = ()) -> list[Any]:
         every += [DeepCache(n, branch) for branch in (0, 1, 2) for n in (2, 3, 5)]
         every += [DeepCache(n, order=1) for n in (2, 3)]
         every += [EncoderPropagation(n) for n in (2, 3)]
-        every += [Precision(), [DeepCache(2), Precision()]]
+        every += [Precision(), Precision(attention="int8"), [DeepCache(2), Precision()]]
         return [*every, [DeepCache(2), Broadcast()], [DeepCache(3), GuidanceReuse()]]
     every += [Forecast(n, order) for order in (0, 1, 2) for n in (2, 3, 4, 6)]
     every += [FirstBlock(t) for t in (0.05, 0.1, 0.2)]
     every += [AccumulatedDistance(t) for t in (0.1, 0.2, 0.4)]
     every += [RegionAdaptive(r, high=0.0) for r in (0.5, 0.25)]
-    every += [Precision(), [Forecast(2, 1), Precision()]]
+    every += [Precision(), Precision(attention="int8"), [Forecast(2, 1), Precision()]]
     return [*every, [Forecast(2, 1), Broadcast()], [Forecast(3, 1), GuidanceReuse()]]
 
 

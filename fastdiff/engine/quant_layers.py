@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -124,6 +124,20 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+def _more(seen: Tensor | None, got: Tensor, want: Tensor) -> Tensor:
+    """Sums of squares ``[2]`` of error and output, with those of a call."""
+    wrong = (got.float() - want.float()).square().sum()
+    sums = torch.stack((wrong, want.float().square().sum()))
+    return sums if seen is None else seen + sums
+
+
+def _relative(seen: Tensor | None) -> float | None:
+    if seen is None:
+        return None
+    wrong, all_ = seen.tolist()
+    return (wrong / all_) ** 0.5 if all_ else 0.0
+
+
 class QuantForward:
     """What a layer's ``forward`` is while it is quantised.
 
@@ -217,10 +231,9 @@ class QuantForward:
 
     def _probe(self, x: Tensor, bias: Tensor | None) -> None:
         rows = x.reshape(-1, x.shape[-1])[:_PROBE]
-        want = F.linear(rows, self._module.weight.to(x.dtype), bias).float()
-        got = self.stored.apply(rows, bias, None).float()
-        sums = torch.stack(((got - want).square().sum(), want.square().sum()))
-        self.seen = sums if self.seen is None else self.seen + sums
+        want = F.linear(rows, self._module.weight.to(x.dtype), bias)
+        got = self.stored.apply(rows, bias, None)
+        self.seen = _more(self.seen, got, want)
 
     def release(self) -> int:
         """Free the float weight; gives its bytes."""
@@ -234,10 +247,53 @@ class QuantForward:
 
     def error(self) -> float | None:
         """Relative L2 of the layer's output over the probed tokens; the host waits for it."""
-        if self.seen is None:
-            return None
-        wrong, all_ = self.seen.tolist()
-        return (wrong / all_) ** 0.5 if all_ else 0.0
+        return _relative(self.seen)
+
+    def words(self) -> str:
+        rows, columns = self.stored.shape
+        return f"{self.format} {columns} -> {rows}"
+
+
+class QuantScores:
+    """What an attention module has as ``scores``: int8 products where it can.
+
+    Attributes:
+        calls, seconds, seen: as those of :class:`QuantForward`.
+    """
+
+    def __init__(self, name: str, policy: Precision):
+        self.name, self.policy = name, policy
+        self.calls, self.seconds = 0, 0.0
+        self.seen: Tensor | None = None
+        self.shape: tuple[int, ...] = ()
+        self._probed: Any = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
+        run = current()
+        if (
+            bias is not None
+            or q.dtype not in _DTYPES
+            or torch.is_grad_enabled()
+            or (run is not None and self.policy.full(run.step, run.steps))
+        ):
+            return ops.attention(q, k, v, bias=bias)
+        start = time.perf_counter()
+        out = ops.quant_attention(q, k, v)
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        self.shape = tuple(q.shape)
+        if run is not None and not run.static and self._probed is not run:
+            self._probed = run
+            want: Any = ops.attention(q[:1, :, :_PROBE], k[:1], v[:1])
+            self.seen = _more(self.seen, out[:1, :, :_PROBE], want)
+        return out
+
+    def error(self) -> float | None:
+        """Relative L2 of the output over the probed queries; the host waits for it."""
+        return _relative(self.seen)
+
+    def words(self) -> str:
+        _, heads, _, dim = self.shape
+        return f"int8 scores, {heads} heads of {dim}"
 
 
 def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -255,9 +311,13 @@ class Given(NamedTuple):
 
 
 def quantize_layers(
-    network: nn.Module, formats: Precision | Given, patch: Patch
+    network: nn.Module,
+    formats: Precision | Given,
+    patch: Patch,
+    attentions: Mapping[str, nn.Module],
 ) -> tuple[list[str], dict[str, QuantForward]]:
-    """Let a policy decide on every linear layer of ``network``.
+    """Let a policy decide on every linear layer of ``network``; ``layers`` may also name one of
+    its ``attentions``.
 
     Returns:
         Sentences, and the layers that changed, by name.
@@ -270,7 +330,7 @@ def quantize_layers(
     policy = formats.policy if isinstance(formats, Given) else formats
     found = dict(layers_of(network))
     for pattern, _ in policy.layers:
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not any(fnmatchcase(name, pattern) for name in (*found, *attentions)):
             raise ValueError(f"Precision: no layer is called {pattern!r}")
     changed: dict[str, QuantForward] = {}
     count: Counter[str] = Counter()
@@ -295,15 +355,33 @@ def quantize_layers(
         after += own.stored.bytes
     kinds = ", ".join(f"{n} in {form}" for form, n in sorted(count.items()) if form != "float")
     if not changed:
-        return ["precision: no layer changes"], {}
+        return (["precision: no layer changes"] if policy.neutral else []), {}
     words = f"precision: {kinds} of {len(found)} Linear; weights {before / 2**20:.1f} MiB, "
     words += f"stored in {after / 2**20:.1f} MiB"
     return [words], changed
 
 
-def layer_lines(layers: Mapping[str, QuantForward]) -> list[str]:
+def quantize_scores(
+    attentions: Mapping[str, nn.Module], policy: Precision, patch: Patch
+) -> tuple[list[str], dict[str, QuantScores]]:
+    """Let a policy decide on every attention that asks :func:`fastdiff.nn.layers.attention`.
+
+    Returns:
+        Sentences, and the attentions that changed, by name.
+    """
+    changed = {}
+    for name, module in attentions.items():
+        if policy.scores(name) != "float":
+            changed[name] = QuantScores(name, policy)
+            patch.set(module, "scores", changed[name])
+    if policy.attention == "float":
+        return [], changed
+    return [f"precision: int8 scores in {len(changed)} of {len(attentions)} attentions"], changed
+
+
+def layer_lines(layers: Iterable[QuantForward | QuantScores]) -> list[str]:
     """What each layer's format costs and takes, the largest errors first; the host waits."""
-    ran = [one for one in layers.values() if one.calls]
+    ran = [one for one in layers if one.calls]
     if not ran:
         return []
     errors = {one.name: one.error() for one in ran}
@@ -312,9 +390,6 @@ def layer_lines(layers: Mapping[str, QuantForward]) -> list[str]:
     for one in ran:
         error = errors[one.name]
         words = "error not measured" if error is None else f"error {error:.2e}"
-        rows, columns = one.stored.shape
         took = 1e3 * one.seconds / one.calls
-        lines.append(
-            f"  {one.name}: {one.format} {columns} -> {rows}, {words}, {took:.3g} ms a call"
-        )
+        lines.append(f"  {one.name}: {one.words()}, {words}, {took:.3g} ms a call")
     return lines

@@ -29,11 +29,12 @@ from fastdiff.engine.reuse_blocks import ends_of
 from fastdiff.engine.view import BlockView
 from fastdiff.experts import RoutingReuse
 from fastdiff.integrations import merge_views, module_views, token_views, unet_views, views
+from fastdiff.integrations.attentions import asking
 from fastdiff.integrations.conditioned import Conditioned
 from fastdiff.integrations.exact_mode import exact
 from fastdiff.tokens import Merge, RegionAdaptive
 
-__all__ = ["Conditioned", "exact", "reuse"]
+__all__ = ["Conditioned", "asking", "exact", "reuse"]
 
 
 _DEEP = (

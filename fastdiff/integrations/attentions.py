@@ -6,7 +6,7 @@ The processor is looked at in every call: one that a user sets later (an IP-Adap
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fastdiff import ops
 from fastdiff.engine.reuse_tokens import current_tokens, keys_values, positions
 from fastdiff.integrations.rules import Rule, class_name, usable
 from fastdiff.integrations.text_kv import project
+from fastdiff.nn import layers
 
 _PROCESSORS = "diffusers.models.attention_processor."
 _STOCK = {
@@ -43,6 +44,16 @@ def attentions_of(network: nn.Module) -> list[nn.Module]:
         for m in network.modules()
         if class_name(m) in RULES or (hasattr(m, "processor") and hasattr(m, "to_q"))
     ]
+
+
+def asking(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attentions that ask :func:`fastdiff.nn.layers.attention`, by name: ours, and those on
+    which the exact mode has set a rule."""
+    rules = [rule for _, rule in RULES.values()]
+    for name, module in network.named_modules():
+        rule = getattr(module.__dict__.get("forward"), "__func__", None)
+        if isinstance(module, layers.Attention) or rule in rules:
+            yield name, module
 
 
 def why_all_tokens(attentions: Sequence[nn.Module]) -> str:
@@ -84,9 +95,10 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    out: Any = ops.attention(q, k, v, bias=bias)
-    return out.transpose(1, 2).flatten(2)
+def _attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return layers.attention(module, q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 def _rms(norm: Any, x: Tensor) -> bool:
@@ -177,7 +189,7 @@ def _one_stream(self: Any, x: Tensor, context: Tensor | None, mask: Tensor | Non
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k)
     if context is None:
         k, v = keys_values(self, k, v)
-    out = self.to_out[1](self.to_out[0](_attend(q, k, v, bias)))
+    out = self.to_out[1](self.to_out[0](_attend(self, q, k, v, bias)))
     if x.dim() == 4:
         out = out.transpose(1, 2).unflatten(2, x.shape[2:])
     if self.residual_connection:
@@ -190,12 +202,12 @@ def _joint(self: Any, x: Tensor, context: Tensor | None) -> Any:
     q, k, v = (_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k)
     if context is None:
-        return self.to_out[1](self.to_out[0](_attend(q, *keys_values(self, k, v))))
+        return self.to_out[1](self.to_out[0](_attend(self, q, *keys_values(self, k, v))))
     projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
     q2, k2, v2 = (_heads(to(context), self.heads) for to in projections)
     q2, k2 = _norm_rope(q2, k2, self.norm_added_q, self.norm_added_k)
     k, v = keys_values(self, _join(k, k2), _join(v, v2), after=context.shape[1])
-    out = _attend(_join(q, q2), k, v)
+    out = _attend(self, _join(q, q2), k, v)
     second = out[:, n:]
     if not self.context_pre_only:
         second = self.to_add_out(second)
@@ -246,13 +258,13 @@ def flux(
     of_rows = (None, None) if cos is None or sin is None else (cos[n:], sin[n:])
     q, k = _norm_rope(q, k, self.norm_q, self.norm_k, of_rows[0], of_rows[1], place)
     if context is None:  # a single block projects the output together with its MLP's
-        return _attend(q, *keys_values(self, k, v, before=text))
+        return _attend(self, q, *keys_values(self, k, v, before=text))
     projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
     q2, k2, v2 = (_heads(to(context), self.heads) for to in projections)
     rows = (None, None) if cos is None or sin is None else (cos[:n], sin[:n])
     q2, k2 = _norm_rope(q2, k2, self.norm_added_q, self.norm_added_k, *rows)
     k, v = keys_values(self, _join(k2, k), _join(v2, v), before=n)
-    out = _attend(_join(q2, q), k, v)
+    out = _attend(self, _join(q2, q), k, v)
     return self.to_out[1](self.to_out[0](out[:, n:])), self.to_add_out(out[:, :n])
 
 
@@ -293,7 +305,7 @@ def wan(
         q, k = ops.qk_norm_rope(q, k, cos=cos, sin=sin, position=positions(q.shape[2]))
     if encoder_hidden_states is None:
         k, v = keys_values(self, k, v)
-    return self.to_out[1](self.to_out[0](_attend(q, k, v)))
+    return self.to_out[1](self.to_out[0](_attend(self, q, k, v)))
 
 
 RULES: dict[str, tuple[str, Rule]] = {

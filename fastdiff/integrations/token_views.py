@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff import ops
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.reuse_tokens import TokenView, current_tokens, drive, keys_values, tokens
 from fastdiff.engine.view import BlockView
@@ -103,9 +102,10 @@ VIEWS: dict[str, Callable[[Any], TokenView]] = {
 def _dit(network: DiT, policy: RegionAdaptive, patch: Patch, first: int, always: bool) -> list[str]:
     """Our own DiT, whose norms are carried from block to block."""
     layers_of_all, unpatchify_all, p = network.layers, network.unpatchify, network.patch_size
+    attend = network.attention
 
     def attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return ops.attention(q, *keys_values(block, k, v))
+        return attend(block, q, *keys_values(block, k, v))
 
     def layers(h: Tensor, normed: Tensor, mods: list[Tensor], start: int, stop: int) -> Any:
         call = current_tokens()

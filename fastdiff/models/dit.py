@@ -33,7 +33,7 @@ PRESETS = {
 }
 
 
-class _Attention(nn.Module):
+class _Attention(layers.Attention):
     def __init__(self, dim: int):
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -254,7 +254,7 @@ class DiT(nn.Module):
 
     def attention(self, block: _Block, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """Softmax attention of one block: ``[B, H, N, D/H]`` each, and as much out."""
-        return ops.attention(q, k, v)
+        return layers.attention(block.attn, q, k, v)
 
     def mlp(self, block: _Block, h: Tensor) -> Tensor:
         """Feed-forward of one block: ``[B, N, D]`` -> ``[B, N, D]``."""

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.dit import PRESETS, DiT
-from fastdiff.nn import MoE, SwiGLU
+from fastdiff.nn import MoE, SwiGLU, layers
 
 SIZES = {**PRESETS, "G": dict(hidden_size=1408, depth=40, num_heads=16)}
 MAX_EXPERTS = 64
 NORM_EPS = 1e-5  # of the heads' LayerNorms
 
 
-class _Attention(nn.Module):
+class _Attention(layers.Attention):
     def __init__(self, dim: int, heads: int, qk_norm: bool):
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff import ops
 from fastdiff.models._embed import check_inputs, timestep_embedding, weight_dtype
 from fastdiff.nn import layers
 
@@ -50,7 +49,7 @@ class Resnet(nn.Module):
         return layers.conv3x3(self.conv2, h, add=x)
 
 
-class Attention(nn.Module):
+class Attention(layers.Attention):
     to_out: Any
 
     def __init__(self, dim: int, context_dim: int, heads: int):
@@ -65,8 +64,7 @@ class Attention(nn.Module):
         q = layers.linear(self.to_q, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = layers.linear(self.to_k, context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = layers.linear(self.to_v, context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out: Any = ops.attention(q, k, v)
-        out = out.transpose(1, 2).flatten(2)
+        out = layers.attention(self, q, k, v).transpose(1, 2).flatten(2)
         return layers.linear(self.to_out[0], out)
 
 

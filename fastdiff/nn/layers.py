@@ -18,6 +18,10 @@ from torch.nn import functional as F
 from fastdiff import ops
 
 
+class Attention(nn.Module):
+    """Whose scores may have another format: its network asks :func:`attention`."""
+
+
 def heard(module: Any) -> bool:
     """Somebody listens to the calls of ``module``; an adapter that is merged does not."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -56,6 +60,17 @@ def linear(module: Any, x: Tensor, activation: str | None = None) -> Tensor:
     if activation is None:
         return y
     return F.silu(y) if activation == "silu" else F.gelu(y, approximate="tanh")
+
+
+def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``ops.attention``, in the format that the scores of ``module`` have; its operands."""
+    scores = module.__dict__.get("scores")
+    if scores is None:
+        out: Any = ops.attention(q, k, v, bias=bias)
+    else:
+        out = scores(q, k, v, bias)
+    result: Tensor = out
+    return result
 
 
 def geglu(module: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fastdiff.cache.parse import parse
 from fastdiff.models import DiT, DiTMoE
 from fastdiff.precision import Precision
 from fastdiff.testing import draw_weights, load_file
-from fastdiff.tokens import RegionAdaptive
+from fastdiff.tokens import Merge, RegionAdaptive
 from fastdiff.tune import Quality, describe, policy_dict, policy_from
 
 networks = load_file(Path(__file__).parents[1] / "integrations" / "networks.py")
@@ -66,8 +66,10 @@ def run(model, batch=2, **how):
         Precision("int8", keep=["*"]),
         Precision("int8", first=STEPS),
         Precision("int8", layers=[("*", "float")]),
+        Precision("int8", attention="int8", layers=[("*", "float")]),
+        Precision("float", attention="int8", first=STEPS),
     ],
-    ids=["floats", "all kept", "all steps", "every layer"],
+    ids=["floats", "all kept", "all steps", "every layer", "every attention", "all of those"],
 )
 def test_neutral_is_exact(policy, model):
     plain = run(model)
@@ -102,6 +104,38 @@ def test_errors_of_layers_and_networks(policy, bound, model):
     assert "precision: 15 in" in words and "blocks.0.mlp.fc1: " in words and "ms a call" in words
     fastdiff.restore(model)
     assert torch.equal(call(model), plain)
+
+
+def test_scores_in_int8(model):
+    plain = call(model)
+    policy = Precision("float", attention="int8", layers=[("blocks.1.*", "float")])
+    fastdiff.accelerate(model, precision=policy, exact=False)
+    with fastdiff.request():
+        got = call(model)
+    assert 1e-7 < distance(got, plain) < 1e-2
+    own = acceleration_of(model).attentions
+    assert list(own) == ["blocks.0.attn", "blocks.2.attn"]
+    assert all(one.calls == 1 and 1e-5 < one.error() < 1e-2 for one in own.values())
+    words = fastdiff.summary(model)
+    assert "int8 scores in 2 of 3 attentions" in words
+    assert "blocks.0.attn: int8 scores, 4 heads of 16, error" in words
+    x, t, y = inputs()
+    model(x.requires_grad_(), t, y).sum().backward()  # in floats
+    assert x.grad.abs().sum() > 0 and own["blocks.0.attn"].calls == 1
+    fastdiff.restore(model)
+    assert torch.equal(call(model), plain)
+    with pytest.raises(ValueError, match="attention is 'fp8', need 'float' or 'int8'"):
+        Precision(attention="fp8")
+
+
+def test_scores_in_int8_beside_a_mask(model):
+    """Merged tokens weigh as many as they are: a bias, with which scores are in floats."""
+    merge = Merge(0.5)
+    want = run(model, cache=merge)
+    assert torch.equal(run(model, cache=[merge, Precision("float", attention="int8")]), want)
+    merge = Merge(0.5, proportional=False)
+    got = run(model, cache=[merge, Precision("float", attention="int8")])
+    assert 0 < distance(got, run(model, cache=merge)) < 1e-2
 
 
 def test_four_bits_are_worse_and_what_helps(model):
@@ -146,11 +180,13 @@ def test_networks_of_diffusers(make):
             return model(*args, **kwargs, return_dict=False)[0]
 
     plain = ask()
-    fastdiff.accelerate(model, precision=Precision(least=256))
-    changed = len(acceleration_of(model).layers)
+    fastdiff.accelerate(model, precision=Precision(least=256, attention="int8"))
+    own = acceleration_of(model)
+    changed = len(own.layers), len(own.attentions)
     got = ask()
-    if changed:
+    if any(changed):
         assert 0 < distance(got, plain) < 5e-2, changed
+    assert all(one.calls for one in own.attentions.values())
     fastdiff.restore(model)
     assert torch.equal(ask(), plain)
 
@@ -161,24 +197,25 @@ def test_networks_of_diffusers(make):
     ids=describe,
 )
 def test_with_caches_and_tokens(cache, model):
-    plain = run(model)
-    one, other = run(model, cache=cache), run(model, cache=[cache, Precision()])
+    plain, precision = run(model), Precision(attention="int8")
+    one, other = run(model, cache=cache), run(model, cache=[cache, precision])
     assert 0 < distance(other, one) < 3e-2
     assert distance(other, plain) < distance(one, plain) + 3e-2
-    again = run(model, cache=[Precision(), cache])
+    again = run(model, cache=[precision, cache])
     assert torch.equal(again, other)
     assert torch.equal(run(model), plain)
 
 
 def test_programs_know_the_steps_in_floats(model):
-    policy = Precision(first=1, last=2)
+    policy = Precision(first=1, last=2, attention="int8")
     fastdiff.accelerate(model, cache=Forecast(2), precision=policy, exact=False)
     want = run(model)
     captured = fastdiff.programs(model)
     assert torch.equal(run(captured), want) and torch.equal(run(captured), want)
     assert captured.kinds >= 4 and all(report.ok for report in captured.check(2))
     fastdiff.restore(model)
-    assert not torch.equal(want, run(model, cache=[Forecast(2), Precision()]))
+    every = Precision(attention="int8")
+    assert not torch.equal(want, run(model, cache=[Forecast(2), every]))
     first = run(model, steps=1, cache=Precision(first=1))
     assert torch.equal(first, run(model, steps=1))
 
