@@ -26,8 +26,13 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "gate_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, "
       "Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor)");
-  // of the three above, modulations [B,D] -> grad_x, grad_y ([0] without y), float32 [B,3,D]: sums
-  // over tokens of grad_modulated, grad_modulated * norm(r), grad_x * y
+  // the same with the second over smooth [D] as int8 -> (x + gate * y, int8 [B,N,D], scales [B,N])
+  m.def(
+      "gate_residual_norm_quantize(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, Tensor? smooth, float eps, bool rms) "
+      "-> (Tensor, Tensor, Tensor)");
+  // of those without integers, modulations [B,D] -> grad_x, grad_y ([0] without y), float32
+  // [B,3,D]: sums over tokens of grad_modulated, grad_modulated * norm(r), grad_x * y
   m.def(
       "layer_norm_modulate_backward(Tensor? grad_residual, Tensor? grad_modulated, Tensor x, "
       "Tensor? y, Tensor? gate, Tensor? scale, Tensor? weight, float eps, bool rms) "

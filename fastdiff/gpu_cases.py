@@ -115,6 +115,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "DiT-XL/2 2x1024x1152",
         lambda: _call(t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector)),
     )
+    yield Case(
+        "gate_residual_norm_quantize",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(
+            t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector),
+            smooth=torch.empty(1152),
+        ),
+    )  # fmt: skip
     quarter = (2, 256, 1152)
     yield Case(
         "gather_tokens",

@@ -48,6 +48,13 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(2, 384),
         new(2, 384),
     ),
+    "gate_residual_norm_quantize": lambda new: (
+        new(2, 256, 384),
+        new(2, 256, 384),
+        new(2, 384),
+        new(2, 384),
+        new(2, 384),
+    ),
     "gather_tokens": lambda new: (new(2, 256, 384), new(2, 64, dtype=torch.int64)),
     "geglu": lambda new: (new(2, 256, 2560), new(2560)),
     "gelu_tanh": lambda new: (new(2, 256, 1536), new(1536)),

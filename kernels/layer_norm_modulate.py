@@ -1,4 +1,4 @@
-"""Triton kernel of layer_norm_modulate, gate_residual and their chain: one program per ROWS rows.
+"""Triton kernel of layer_norm_modulate, gate_residual and their chains: one program per ROWS rows.
 
 A program holds its rows in registers, so every element is read once and written once per output;
 the modulation of a sample is read once per program and stays in cache. The variance comes from
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastdiff.kernels.quantize import integers, most, scales
 
 # By D: up to 1024, up to 8192, above. Chosen by compiling for sm_80 and sm_90 (triton 3.9), not by
 # timing: each keeps its row in registers without spills (16384 float32 in 4 warps would spill).
@@ -37,7 +39,9 @@ def _layer_norm_modulate_kernel(
     weight_ptr,  # [D]
     bias_ptr,  # [D]
     residual_ptr,  # [B, N, D], contiguous
-    out_ptr,  # [B, N, D], contiguous
+    out_ptr,  # [B, N, D], contiguous; int8 with ROUNDED
+    smooth_ptr,  # [D]
+    s_ptr,  # [B, N], contiguous
     rows,  # B * N
     tokens,  # N
     dim,
@@ -49,6 +53,8 @@ def _layer_norm_modulate_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SMOOTH: tl.constexpr,
+    ROUNDED: tl.constexpr,
     RMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,7 +90,16 @@ def _layer_norm_modulate_kernel(
             m *= 1.0 + _load_rows(scale_ptr, b, n, d, scale_b, scale_n, live)
         if HAS_SHIFT:
             m += _load_rows(shift_ptr, b, n, d, shift_b, shift_n, live)
-        tl.store(out_ptr + to, m.to(out_ptr.dtype.element_ty), mask=live)
+        if HAS_SMOOTH:
+            smooth = tl.load(smooth_ptr + d, mask=live_d, other=1.0)
+            m = tl.div_rn(m, tl.zeros_like(m) + smooth[None, :])
+        if ROUNDED:
+            m = tl.where(live, m, 0.0)
+            inverse, usable, s = scales(most(m), 127.0, 127.0 * 2.0**-126)
+            tl.store(s_ptr + row, s, mask=row < rows)
+            tl.store(out_ptr + to, integers(m, inverse, usable, 127.0, tl.int8), mask=live)
+        else:
+            tl.store(out_ptr + to, m.to(out_ptr.dtype.element_ty), mask=live)
 
 
 def _launch(
@@ -100,6 +115,8 @@ def _launch(
     eps: float,
     rms: bool,
     config: triton.Config,
+    smooth: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> None:
     B, N, D = x.shape
     if x.numel() == 0:
@@ -118,6 +135,8 @@ def _launch(
         x if bias is None else bias.contiguous(),
         x if residual is None else residual,
         x if out is None else out,
+        x if smooth is None else smooth.contiguous(),
+        x if s is None else s,
         B * N,
         N,
         D,
@@ -129,6 +148,8 @@ def _launch(
         HAS_SCALE=scale is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        HAS_SMOOTH=smooth is not None,
+        ROUNDED=s is not None,
         RMS=rms,
         **config.kwargs,
         BLOCK_D=triton.next_power_of_2(D),
@@ -190,3 +211,26 @@ def gate_residual_norm_modulate(
     config = config or _config(x)
     _launch(x, y, gate, shift, scale, weight, bias, residual, out, eps, rms, config)
     return residual, out
+
+
+def gate_residual_norm_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    smooth: Tensor | None,
+    eps: float,
+    rms: bool,
+    *,
+    config: triton.Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch on the current stream; shapes as in ``fastdiff.ops.gate_residual_norm_quantize``."""
+    residual = _empty(x)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    s = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+    config = config or _config(x)
+    _launch(x, y, gate, shift, scale, weight, bias, residual, q, eps, rms, config, smooth, s)
+    return residual, q, s

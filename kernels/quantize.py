@@ -45,19 +45,31 @@ def _values(x_rows, smooth_ptr, k, width, live, ACTIVATION: tl.constexpr, SMOOTH
 
 
 @triton.jit
-def _most(y):
+def most(y):
     """The largest absolute value of a row: infinite where one is a NaN."""
     size = tl.abs(y)
     return tl.max(tl.where(size < float("inf"), size, float("inf")), 1)
 
 
 @triton.jit
-def _integers(y, inverse, usable, LEVELS: tl.constexpr, Q: tl.constexpr):
+def integers(y, inverse, usable, LEVELS: tl.constexpr, Q: tl.constexpr):
     v = y * inverse[:, None]
     if Q == tl.int8:
         v = (v + 12582912.0) - 12582912.0  # 1.5 2^23: to an integer, ties to even
     v = tl.minimum(tl.maximum(v, -LEVELS), LEVELS)
     return tl.where(usable[:, None], v, 0.0).to(Q)
+
+
+@triton.jit
+def scales(most, LEVELS: tl.constexpr, TINY: tl.constexpr):
+    """From the largest values: LEVELS over them, which rows have one, and what the rows are in."""
+    finite = most < float("inf")
+    usable = finite & (most >= TINY)
+    one = tl.full(most.shape, 1.0, tl.float32)
+    # LEVELS / most as torch has it: a reciprocal, then a product.
+    inverse = tl.div_rn(one, tl.where(usable, most, 1.0)) * LEVELS
+    scale = tl.where(usable, tl.div_rn(most, one * LEVELS), 0.0)
+    return inverse, usable, tl.where(finite, scale, float("nan"))
 
 
 @triton.jit
@@ -84,25 +96,20 @@ def _quantize_kernel(
     Q: tl.constexpr = q_ptr.dtype.element_ty
 
     y = _values(x_rows, smooth_ptr, k, width, live, ACTIVATION, SMOOTH)
-    most = _most(y)
+    top = most(y)
     if not WHOLE:
         for at in range(BLOCK, width, BLOCK):
             y = _values(x_rows, smooth_ptr, at + k, width, live, ACTIVATION, SMOOTH)
-            most = tl.maximum(most, _most(y))
-    finite = most < float("inf")
-    usable = finite & (most >= TINY)
-    # LEVELS / most as torch has it: a reciprocal, then a product.
-    inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.where(usable, most, 1.0)) * LEVELS
-    scale = tl.where(usable, tl.div_rn(most, tl.full([ROWS], LEVELS, tl.float32)), 0.0)
-    scale = tl.where(finite, scale, float("nan"))
+            top = tl.maximum(top, most(y))
+    inverse, usable, scale = scales(top, LEVELS, TINY)
     tl.store(s_ptr + m, scale, mask=live)
     if WHOLE:
-        q = _integers(y, inverse, usable, LEVELS, Q)
+        q = integers(y, inverse, usable, LEVELS, Q)
         tl.store(q_rows[:, None] + k[None, :], q, mask=live[:, None] & (k < width)[None, :])
     else:
         for at in range(0, width, BLOCK):
             y = _values(x_rows, smooth_ptr, at + k, width, live, ACTIVATION, SMOOTH)
-            q = _integers(y, inverse, usable, LEVELS, Q)
+            q = integers(y, inverse, usable, LEVELS, Q)
             mask = live[:, None] & (at + k < width)[None, :]
             tl.store(q_rows[:, None] + (at + k)[None, :], q, mask=mask)
 

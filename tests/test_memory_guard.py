@@ -79,6 +79,7 @@ def calls(dtype):
         yield "resample", (torch.randn(b, d).double(), torch.rand(b).double()), {}
         yield "scale_shift", (x, r(3, d)), dict(index=i(3, b))
         yield "gate_residual_norm_modulate", (x, y, m[2], m[0], m[1]), dict(weight=r(d), bias=r(d))
+        yield "gate_residual_norm_quantize", (x, y, m[2]), dict(smooth=torch.rand(d) + 0.1)
     for b, c, h, w, g in ((1, 2, 1, 1, 1), (2, 6, 3, 5, 3), (1, 32, 7, 7, 4), (2, 20, 5, 3, 10)):
         extra = dict(shift=r(b, c), scale=r(b, c))
         yield "group_norm_silu", (r(b, c, h, w), g, r(c), r(c)), extra

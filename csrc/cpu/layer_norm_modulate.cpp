@@ -114,6 +114,29 @@ std::tuple<at::Tensor, at::Tensor> gate_residual_norm_modulate(
   return {r, m};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gate_residual_norm_quantize(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const Optional& shift,
+    const Optional& scale, const Optional& weight, const Optional& bias, const Optional& smooth,
+    double eps, bool rms) {
+  Forward call("gate_residual_norm_quantize");
+  call.input(x);
+  call.residual(x, y, gate);
+  call.norm(x, shift, scale, weight, bias, eps, rms);
+  if (smooth) {
+    check_device(call.op, "smooth", *smooth, x);
+    check_dtype(call.op, "smooth", *smooth, at::kFloat);
+    check_sizes(call.op, "smooth", *smooth, {call.args.D});
+    call.args.smooth = call.keep(*smooth).const_data_ptr<float>();
+  }
+  at::Tensor r = call.output(x, call.args.residual);
+  at::Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  at::Tensor s = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
+  call.args.q = q.mutable_data_ptr<int8_t>(), call.args.s = s.mutable_data_ptr<float>();
+  call.run(x);
+  if (!x.numel()) s.zero_();  // rows without columns have a scale too
+  return {r, q, s};
+}
+
 // Tokens that one thread sums over before their sums are added up: fixes the order of additions.
 constexpr int64_t kPiece = 64;
 
@@ -150,6 +173,7 @@ TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate);
   m.impl("gate_residual", &fastdiff::gate_residual);
   m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate);
+  m.impl("gate_residual_norm_quantize", &fastdiff::gate_residual_norm_quantize);
   m.impl("layer_norm_modulate_backward", &fastdiff::layer_norm_modulate_backward_cpu);
 }
 
@@ -157,4 +181,5 @@ TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
   m.impl("layer_norm_modulate", &fastdiff::layer_norm_modulate);
   m.impl("gate_residual", &fastdiff::gate_residual);
   m.impl("gate_residual_norm_modulate", &fastdiff::gate_residual_norm_modulate);
+  m.impl("gate_residual_norm_quantize", &fastdiff::gate_residual_norm_quantize);
 }

@@ -20,6 +20,9 @@ struct LayerNormModulateArgs {
   float eps;
   bool rms;
   Dtype dtype;
+  const float* smooth;  // [D] or null, of what follows
+  int8_t* q;            // [B, N, D] contiguous: m / smooth as int8 in place of `modulated`, or null
+  float* s;             // [B, N]
 };
 
 // Gradients of the above for modulations per sample. Each gradient that comes in may be absent.

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "layer_norm_modulate_rows.h"
+#include "quantize_rows.h"
 
 FASTDIFF_KERNEL_BEGIN
 
@@ -71,8 +72,8 @@ static void norm_rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end
   constexpr int kRows = 4;
   constexpr int64_t kInFlight = 12288;  // bytes; twice that is slower where L3 is busy
   const int64_t D = a.D, padded = (D + 15) / 16 * 16;  // keeps the vectors aligned
-  Scratch<float> scratch(3 * size_t(padded));
-  float *mul = scratch.data, *add = mul + padded, *wide = add + padded;
+  Scratch<float> scratch(4 * size_t(padded));
+  float *mul = scratch.data, *add = mul + padded, *wide = add + padded, *rounded = wide + padded;
   const bool per_token = a.shift.n_stride || a.scale.n_stride;
   const int64_t fit = kInFlight / (2 * D * int64_t(sizeof(T)));
   const int64_t step = a.y.data ? 1 : std::clamp<int64_t>(fit, 1, kRows);
@@ -89,18 +90,31 @@ static void norm_rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end
       const int64_t row = first + r, b = row / a.N;
       if (per_token || folded != b) fold<T>(a, b, row % a.N, mul, add), folded = b;
       const Vec center(moments[r].center), rstd(moments[r].rstd), rest(moments[r].rest);
-      T* out = static_cast<T*>(a.modulated) + row * D;
-      each(D, [&](int64_t i, auto part) {
+      const auto modulated = [&](int64_t i, auto part) {
         Vec m = fma(part.load(h[r] + i) - center, rstd, rest);
-        part.store(fma(m, part.load(mul + i), part.load(add + i)), out + i);
-      });
+        return fma(m, part.load(mul + i), part.load(add + i));
+      };
+      if (a.q) {
+        Vec most(0.0f);
+        each(D, [&](int64_t i, auto part) {
+          Vec m = modulated(i, part);
+          m = part.keep(a.smooth ? m / part.load(a.smooth + i) : m);
+          part.store(m, rounded + i);
+          most = max_bits(most, vabs(m));
+        });
+        const auto again = [&](int64_t i, auto part) { return part.load(rounded + i); };
+        quantize_row(most, D, again, a.q + row * D, a.s + row);
+        continue;
+      }
+      T* out = static_cast<T*>(a.modulated) + row * D;
+      each(D, [&](int64_t i, auto part) { part.store(modulated(i, part), out + i); });
     }
   }
 }
 
 template <class T>
 static void rows(const LayerNormModulateArgs& a, int64_t begin, int64_t end) {
-  if (!a.modulated) {
+  if (!a.modulated && !a.q) {
     gated_rows<T>(a, begin, end);
   } else if (a.y.data) {
     norm_rows<T, float>(a, begin, end);

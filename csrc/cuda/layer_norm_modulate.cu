@@ -1,5 +1,6 @@
-// r = x + gate y and m = modulate(norm(r)), one warp a row. The row stays in registers between the
-// sum, the statistics and the modulation: every element is read once and written once.
+// r = x + gate y and m = modulate(norm(r)), one warp a row, or m / smooth as int8 with a scale. The
+// row stays in registers between the sum, the statistics, the modulation and the rounding: every
+// element is read once and written once.
 #include "cpu/layer_norm_modulate.h"
 #include "gpu.h"
 
@@ -7,6 +8,8 @@ namespace fastdiff {
 namespace {
 
 constexpr int kWarps = 4;  // rows of a block
+constexpr float kLevels = 127.0f;
+constexpr float kTiny = kLevels * 0x1p-126f;  // below it 127 / max is no float32
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const Modulation& m, int64_t b, int64_t n) {
@@ -31,6 +34,11 @@ __device__ __forceinline__ void store(const float (&v)[width], T* p) {
   }
 }
 
+template <int width>
+struct alignas(width) Bytes {
+  signed char e[width];
+};
+
 // x + gate y of `width` elements of a row, written to the residual where there is one.
 template <class T, int width>
 __device__ __forceinline__ void add_gated(const T* x, const T* y, const T* gate, T* residual,
@@ -49,7 +57,7 @@ __device__ __forceinline__ void add_gated(const T* x, const T* y, const T* gate,
 
 // Lane l holds packs l, l + 32, ... of the row, `packs` of them at most; longer rows are read again
 // (kept == 0) from x, or from x + gate y computed anew.
-template <class T, int width, int kept>
+template <class T, int width, int kept, bool rounded>
 __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulateArgs a) {
   const int lane = int(threadIdx.x) % 32;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulate
       for (int i = 0; i < width; ++i) sum += held[0][i];
     }
   }
-  if (!out) return;
+  if (!out && !rounded) return;
 
   // Two passes: squares of deviations do not cancel where the mean is large.
   const float mean = a.rms ? 0.0f : gpu::warp_sum(sum) / float(a.D);
@@ -111,9 +119,9 @@ __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulate
 
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
   const T *scale = row_of<T>(a.scale, b, n), *shift = row_of<T>(a.shift, b, n);
-  auto modulate = [&](int64_t pack, const float (&v)[width]) {
+  auto modulate = [&](int64_t pack, const float (&v)[width], float (&m)[width]) {
     const int64_t d = pack * width;
-    float m[width], p[width];
+    float p[width];
 #pragma unroll
     for (int i = 0; i < width; ++i) m[i] = (v[i] - mean) * rstd;
     if (weight) {
@@ -136,15 +144,62 @@ __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulate
 #pragma unroll
       for (int i = 0; i < width; ++i) m[i] += p[i];
     }
-    store<width>(m, out + d);
-  };
-  if constexpr (kept > 0) {
+    if constexpr (rounded) {
+      if (!a.smooth) return;
+      load<width>(a.smooth + d, p);
 #pragma unroll
-    for (int k = 0; k < kept; ++k)
-      if (lane + 32 * k < packs) modulate(lane + 32 * k, held[k]);
+      for (int i = 0; i < width; ++i) m[i] = __fdiv_rn(m[i], p[i]);
+    }
+  };
+  // do_(first element, m) for the lane's packs; the second time m is held already where rows are.
+  const auto each = [&](bool modulated, auto do_) {
+    if constexpr (kept > 0) {
+#pragma unroll
+      for (int k = 0; k < kept; ++k) {
+        const int64_t pack = lane + 32 * k;
+        if (pack >= packs) continue;
+        if (!modulated) {
+          float m[width];
+          modulate(pack, held[k], m);
+#pragma unroll
+          for (int i = 0; i < width; ++i) held[k][i] = m[i];
+        }
+        do_(pack * width, held[k]);
+      }
+    } else {
+      for (int64_t pack = lane; pack < packs; pack += 32) {
+        float m[width];
+        again(pack, held[0]), modulate(pack, held[0], m);
+        do_(pack * width, m);
+      }
+    }
+  };
+  if constexpr (!rounded) {
+    each(false, [&](int64_t d, const float (&m)[width]) { store<width>(m, out + d); });
   } else {
-    for (int64_t pack = lane; pack < packs; pack += 32)
-      again(pack, held[0]), modulate(pack, held[0]);
+    float most = 0.0f;
+    each(false, [&](int64_t, const float (&m)[width]) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const float size = fabsf(m[i]);
+        most = fmaxf(most, size < INFINITY ? size : INFINITY);  // a NaN counts as infinite
+      }
+    });
+    most = gpu::warp_max(most);
+    const bool finite = most < INFINITY, usable = finite && most >= kTiny;
+    if (lane == 0)
+      a.s[row] = !finite ? __int_as_float(0x7fc00000) : usable ? __fdiv_rn(most, kLevels) : 0.0f;
+    const float inverse = usable ? __fmul_rn(__fdiv_rn(1.0f, most), kLevels) : 0.0f;
+    signed char* q = reinterpret_cast<signed char*>(a.q) + row * a.D;
+    each(true, [&](int64_t d, const float (&m)[width]) {
+      Bytes<width> pack = {};
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const float level = usable ? rintf(__fmul_rn(m[i], inverse)) : 0.0f;
+        pack.e[i] = static_cast<signed char>(fminf(fmaxf(level, -kLevels), kLevels));
+      }
+      *reinterpret_cast<Bytes<width>*>(q + d) = pack;
+    });
   }
 }
 
@@ -153,8 +208,9 @@ namespace {
 
 template <class T, int width, int kept>
 int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
-  const dim3 grid(unsigned((a.B * a.N + kWarps - 1) / kWarps));
-  return GPU_LAUNCH((layer_norm_rows<T, width, kept>), grid, dim3(32 * kWarps), 0, stream, a);
+  const dim3 grid(unsigned((a.B * a.N + kWarps - 1) / kWarps)), block(32 * kWarps);
+  if (a.q) return GPU_LAUNCH((layer_norm_rows<T, width, kept, true>), grid, block, 0, stream, a);
+  return GPU_LAUNCH((layer_norm_rows<T, width, kept, false>), grid, block, 0, stream, a);
 }
 
 template <class T>
@@ -170,6 +226,7 @@ int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
   for (const void* p : {a.weight, a.bias, static_cast<const void*>(a.residual),
                         static_cast<const void*>(a.modulated)})
     four = four && aligned<T>(Modulation{p, 0, 0});
+  four = four && aligned<float>(Modulation{a.smooth, 0, 0}) && aligned<char>(Modulation{a.q, 0, 0});
   if (!four) return launch<T, 1, 0>(a, stream);
   const int64_t packs = (a.D / 4 + 31) / 32;  // of a lane
   if (packs <= 4) return launch<T, 4, 4>(a, stream);
@@ -186,14 +243,17 @@ extern "C" int fastdiff_gpu_layer_norm_modulate(const LayerNormModulateArgs* a, 
   return error;
 }
 #else
-#define FASTDIFF_INSTANTIATE(T)                                              \
-  template __global__ void layer_norm_rows<T, 4, 4>(LayerNormModulateArgs);  \
-  template __global__ void layer_norm_rows<T, 4, 10>(LayerNormModulateArgs); \
-  template __global__ void layer_norm_rows<T, 4, 16>(LayerNormModulateArgs); \
-  template __global__ void layer_norm_rows<T, 4, 0>(LayerNormModulateArgs);  \
-  template __global__ void layer_norm_rows<T, 1, 0>(LayerNormModulateArgs);
-FASTDIFF_INSTANTIATE(float)
-FASTDIFF_INSTANTIATE(gpu::bf16)
-FASTDIFF_INSTANTIATE(gpu::f16)
+#define FASTDIFF_INSTANTIATE(T, rounded)                                              \
+  template __global__ void layer_norm_rows<T, 4, 4, rounded>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 4, 10, rounded>(LayerNormModulateArgs); \
+  template __global__ void layer_norm_rows<T, 4, 16, rounded>(LayerNormModulateArgs); \
+  template __global__ void layer_norm_rows<T, 4, 0, rounded>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 1, 0, rounded>(LayerNormModulateArgs);
+FASTDIFF_INSTANTIATE(float, false)
+FASTDIFF_INSTANTIATE(gpu::bf16, false)
+FASTDIFF_INSTANTIATE(gpu::f16, false)
+FASTDIFF_INSTANTIATE(float, true)
+FASTDIFF_INSTANTIATE(gpu::bf16, true)
+FASTDIFF_INSTANTIATE(gpu::f16, true)
 #endif
 }  // namespace fastdiff

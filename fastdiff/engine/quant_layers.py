@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.request import current
-from fastdiff.ops import QuantWeight, dequantize_weight, quantize_weight
+from fastdiff.ops import Quantized, QuantWeight, dequantize_weight, quantize_weight
 from fastdiff.precision import Precision
 
 _PROBE = 16  # tokens of a run's first call that are computed both ways, for the error
@@ -84,8 +84,15 @@ class Stored:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
-    def apply(self, x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-        """``act(x W^T + bias)``."""
+    @property
+    def plain(self) -> bool:
+        """The integers are the whole weight, and their tokens at most divided by ``smooth``."""
+        return self.format in _BITS and not {"rotation", "down"} & self.tensors.keys()
+
+    def apply(self, x: Tensor | Quantized, bias: Tensor | None, activation: str | None) -> Tensor:
+        """``act(x W^T + bias)``; ``x`` may be int8 already where the weight is ``plain``."""
+        if isinstance(x, Quantized):
+            return ops.quant_linear(x, self.quant, bias, activation=activation)
         if self.format == "bfloat16":
             return ops.linear(x, self.tensors["weight"].to(x.dtype), bias, activation=activation)
         rotation, down = self.tensors.get("rotation"), self.tensors.get("down")
@@ -94,6 +101,8 @@ class Stored:
             x = (x.unflatten(-1, (-1, size)) @ rotation.to(x.dtype)).flatten(-2)
         smooth = self.tensors.get("smooth")
         if down is None:
+            if smooth is None:
+                return ops.quant_linear(_tokens(x), self.quant, bias, activation=activation)
             return ops.quant_linear(x, self.quant, bias, activation=activation, smooth=smooth)
         y = ops.quant_linear(x, self.quant, bias, smooth=smooth)
         near = x if smooth is None else x / smooth.to(x.dtype)
@@ -117,6 +126,18 @@ class Stored:
                 back = back / self.tensors["smooth"]
         w = weight.detach().float()
         return float((back - w).norm() / w.norm().clamp(min=1e-30))
+
+
+def _tokens(x: Tensor) -> Quantized:
+    """``x`` as int8, kept on it: the projections of one input round it once."""
+    if x.is_inference() or torch.compiler.is_compiling():  # nobody counts writes to it
+        return ops.quantize(x)
+    kept: Any = x.__dict__.get("_fastdiff_int8")
+    if kept is None or kept[0] != x._version:
+        kept = x._version, ops.quantize(x)
+        x.__dict__["_fastdiff_int8"] = kept
+    tokens: Quantized = kept[1]
+    return tokens
 
 
 def _version(weight: Tensor) -> int:
@@ -186,8 +207,22 @@ class QuantForward:
             return y
         return self._apply(input, None)
 
-    def activated(self, x: Tensor, activation: str | None) -> Tensor:
+    @property
+    def smooth(self) -> Tensor | None:
+        """What channels of tokens are divided by before they are rounded."""
+        return self.stored.tensors.get("smooth")
+
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Whether a call on floats like ``x`` may have int8 tokens in their place; not the call
+        of a run whose error is looked at."""
+        run = current()
+        looked_at = run is None or run.static or self.released or self._probed is run
+        return looked_at and self.stored.plain and self._now(x)
+
+    def activated(self, x: Tensor | Quantized, activation: str | None) -> Tensor:
         """``act(forward(x))``, for callers that would read the weight of a layer in floats."""
+        if isinstance(x, Quantized):
+            return self._apply(x, activation)
         if self._now(x):
             return self._apply(x, activation)
         module: Any = self._module
@@ -211,7 +246,7 @@ class QuantForward:
             )
         return False
 
-    def _apply(self, x: Tensor, activation: str | None) -> Tensor:
+    def _apply(self, x: Tensor | Quantized, activation: str | None) -> Tensor:
         run = current()
         start = time.perf_counter()
         module: Any = self._module
@@ -224,7 +259,13 @@ class QuantForward:
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         y = self.stored.apply(x, bias, activation)
         self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
-        if run is not None and not run.static and not self.released and self._probed is not run:
+        if (
+            isinstance(x, Tensor)
+            and run is not None
+            and not run.static
+            and not self.released
+            and self._probed is not run
+        ):
             self._probed = run
             self._probe(x, bias)
         return y

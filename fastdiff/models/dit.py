@@ -268,10 +268,20 @@ class DiT(nn.Module):
             half = self.mlp if i % 2 else self.attend
             gate, shift, scale = mods[3 * i + 2 : 3 * i + 5]
             update = half(self.blocks[i // 2], normed)
-            h, normed = ops.gate_residual_norm_modulate(h, update, gate, shift, scale, eps=EPS)
+            reader = self._reader(i + 1) if i + 1 < 2 * stop else None
+            h, normed = layers.gate_norm_modulate(reader, h, update, gate, shift, scale, EPS)
             if i % 2 and (after := self.blocks[i // 2](h)) is not h:
                 h, normed = after, ops.layer_norm_modulate(after, shift, scale, eps=EPS)
         return h, normed
+
+    def _reader(self, i: int) -> Any:
+        """The layer that alone reads the norm before half block ``i``; None where a subclass or
+        a policy has a half of its own."""
+        mine = ("mlp",) if i % 2 else ("attend", "heads")
+        if any(n in self.__dict__ or getattr(type(self), n) is not getattr(DiT, n) for n in mine):
+            return None
+        block = self.blocks[i // 2]
+        return block.mlp.fc1 if i % 2 else block.attn.qkv
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict from noisy ``x``.

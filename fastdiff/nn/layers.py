@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
+from fastdiff.ops import Quantized
 
 
 class Attention(nn.Module):
@@ -49,8 +50,11 @@ def with_activation(module: Any) -> Callable[[Tensor, str | None], Tensor] | Non
     return None if heard(module) else found
 
 
-def linear(module: Any, x: Tensor, activation: str | None = None) -> Tensor:
+def linear(module: Any, x: Tensor | Quantized, activation: str | None = None) -> Tensor:
     """``act(module(x))``; ``x [..., K]``, ``activation`` as in ``ops.linear``."""
+    if isinstance(x, Quantized):  # of gate_norm_modulate, for this module
+        out: Tensor = module.forward.activated(x, activation)
+        return out
     if quiet(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation=activation)
     own = with_activation(module)
@@ -145,6 +149,25 @@ def layer_norm(module: Any, x: Tensor) -> Tensor:
         return ops.layer_norm_modulate(x, weight=module.weight, bias=module.bias, eps=module.eps)
     out: Tensor = module(x)
     return out
+
+
+def gate_norm_modulate(
+    reader: Any,
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor | Quantized]:
+    """``ops.gate_residual_norm_modulate``, whose second output is int8 where ``reader``, the one
+    layer that reads it (or None), multiplies int8."""
+    own = None if reader is None or heard(reader) else reader.__dict__.get("forward")
+    takes = getattr(own, "takes_tokens", None)
+    if takes is None or not takes(x):
+        return ops.gate_residual_norm_modulate(x, update, gate, shift, scale, eps=eps)
+    smooth = own.smooth
+    return ops.gate_residual_norm_quantize(x, update, gate, shift, scale, smooth=smooth, eps=eps)
 
 
 def gate_norm(module: Any, x: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

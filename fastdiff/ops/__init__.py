@@ -11,6 +11,7 @@ from fastdiff.ops.grouped_linear import grouped_linear, grouped_weight_grad
 from fastdiff.ops.layer_norm_modulate import (
     gate_residual,
     gate_residual_norm_modulate,
+    gate_residual_norm_quantize,
     layer_norm_modulate,
 )
 from fastdiff.ops.linear import linear
@@ -57,6 +58,7 @@ __all__ = [
     "fused_step",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "gate_residual_norm_quantize",
     "gather_tokens",
     "geglu",
     "gelu_tanh",

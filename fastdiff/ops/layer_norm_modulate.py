@@ -6,6 +6,8 @@ r"""The norms of a DiT block (Peebles & Xie 2023, arXiv:2212.09748, adaLN-Zero; 
     m = (h weight + bias) (1 + scale) + shift                 layer_norm_modulate, with x for r
 
 ``gate_residual_norm_modulate`` gives (r, m), with m from r before r is rounded to its dtype.
+``gate_residual_norm_quantize`` gives r and m as the int8 tokens of :func:`quantize`, for layers of
+:func:`quant_linear`: m is neither rounded to a dtype nor written.
 
 Gradients: the native rows have a backward for modulations per sample; those per token, and second
 derivatives, take the reference's. Forward and backward of the chain took 0.2 to 0.7 of the
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff._native import native, why_not_native
-from fastdiff.dispatch import Impl, always, needs_grad, pick, refuse_grad
+from fastdiff.dispatch import Impl, _has_tangent, always, needs_grad, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import (
     check_finite,
@@ -34,6 +36,7 @@ from fastdiff.ops._check import (
     wide,
 )
 from fastdiff.ops._layer_norm_modulate_grad import no_backward, register
+from fastdiff.ops.quantize import Quantized, check_smooth, quantize_ref
 
 MAX_TRITON_DIM = 16384  # float32 of one row in the registers of one program
 
@@ -99,6 +102,36 @@ def gate_residual_norm_modulate_ref(
     return r.to(x.dtype), m.to(x.dtype)
 
 
+def gate_residual_norm_quantize_ref(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    smooth: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification: float32 inside (float64 for float64 input), as that of ``quantize``."""
+    r = wide(x) + _tokens(gate) * wide(y)
+    m = _norm_modulate(r, shift, scale, weight, bias, eps, rms)
+    return r.to(x.dtype), *quantize_ref(m, smooth, None)
+
+
+def _quantize_why_not(*args: Any) -> str | None:
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    return why_not_native(*tensors, gpu="layer_norm_modulate") or refuse_grad(*tensors)
+
+
+def _quantize_ref_why_not(*args: Any) -> str | None:
+    tensors = tuple(t for t in args if isinstance(t, Tensor))
+    if _has_tangent(tensors):
+        return "an input has a tangent, and rounding has no derivative"
+    return refuse_grad(*tensors)
+
+
 def _triton_why_not(x: Tensor, *args: Any) -> str | None:
     tensors = [x, *(t for t in args if isinstance(t, Tensor))]
     if x.shape[-1] > MAX_TRITON_DIM:
@@ -122,6 +155,17 @@ def _rows(op: str, ref: Callable[..., Any]) -> tuple[Impl, ...]:
 LAYER_NORM_MODULATE = _rows("layer_norm_modulate", layer_norm_modulate_ref)
 GATE_RESIDUAL = _rows("gate_residual", gate_residual_ref)
 GATE_RESIDUAL_NORM_MODULATE = _rows("gate_residual_norm_modulate", gate_residual_norm_modulate_ref)
+
+
+GATE_RESIDUAL_NORM_QUANTIZE = (
+    Impl("native", native("gate_residual_norm_quantize"), _quantize_why_not),
+    Impl(
+        "triton",
+        triton_row("layer_norm_modulate", "gate_residual_norm_quantize"),
+        _triton_why_not,
+    ),
+    Impl("ref", gate_residual_norm_quantize_ref, _quantize_ref_why_not),
+)
 
 
 def _check_modulation(op: str, x: Tensor, **modulations: Tensor | None) -> None:
@@ -174,10 +218,25 @@ def _chain_row_args(
     return x, y, gate, shift, scale, weight, bias, float(eps), bool(rms)
 
 
+def _quantize_row_args(
+    x, y, gate, shift=None, scale=None, *, weight=None, bias=None, smooth=None, eps=1e-6, rms=False
+):
+    """Check the public arguments and give those of a row."""
+    op = "gate_residual_norm_quantize"
+    _check_residual(op, x, y, gate)
+    _check_modulation(op, x, shift=shift, scale=scale)
+    _check_norm(op, x, weight, bias, eps)
+    if smooth is not None:
+        check_smooth(op, smooth, x, "x")
+        smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x, y, gate, shift, scale, weight, bias, smooth, float(eps), bool(rms)
+
+
 TABLES = {
     "layer_norm_modulate": (LAYER_NORM_MODULATE, _norm_row_args),
     "gate_residual": (GATE_RESIDUAL, _gate_row_args),
     "gate_residual_norm_modulate": (GATE_RESIDUAL_NORM_MODULATE, _chain_row_args),
+    "gate_residual_norm_quantize": (GATE_RESIDUAL_NORM_QUANTIZE, _quantize_row_args),
 }
 
 
@@ -270,6 +329,43 @@ def gate_residual_norm_modulate(
     return pick("gate_residual_norm_modulate", GATE_RESIDUAL_NORM_MODULATE, impl, *args)(*args)
 
 
+def gate_residual_norm_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Quantized]:
+    """``gate_residual_norm_modulate`` whose second output is int8: a token's largest magnitude is
+    127.
+
+    Args:
+        x, y, gate, shift, scale, weight, bias, eps, rms: of :func:`gate_residual_norm_modulate`.
+        smooth: ``[D]``, what channels are divided by before; None for 1.
+        impl: row of the table to force; None takes the first that accepts.
+
+    Returns:
+        The residual ``[B, N, D]``, and tokens for :func:`quant_linear`: values int8 ``[B, N, D]``,
+        scales float32 ``[B, N]``, with zeros and NaN as :func:`quantize` has them.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above; the message names it.
+        NoImpl: the forced row refuses, or a gradient is asked for; the message says why.
+    """
+    args = _quantize_row_args(
+        x, y, gate, shift, scale, weight=weight, bias=bias, smooth=smooth, eps=eps, rms=rms
+    )
+    r, q, s = pick("gate_residual_norm_quantize", GATE_RESIDUAL_NORM_QUANTIZE, impl, *args)(*args)
+    return r, Quantized(q, s, x.dtype)
+
+
 def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -289,3 +385,11 @@ if hasattr(torch.ops.fastdiff, "layer_norm_modulate"):
         return _contiguous_like(x), _contiguous_like(x)
 
     register()
+
+
+if hasattr(torch.ops.fastdiff, "gate_residual_norm_quantize"):
+
+    @torch.library.register_fake("fastdiff::gate_residual_norm_quantize")
+    def _(x, y, gate, shift, scale, weight, bias, smooth, eps, rms):
+        s = x.new_empty(x.shape[:2], dtype=torch.float32)
+        return _contiguous_like(x), _contiguous_like(x).to(torch.int8), s

@@ -47,6 +47,11 @@ class Quantized(NamedTuple):
     scale: Tensor
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """``[..., K]``."""
+        return self.values.shape
+
 
 class QuantWeight(NamedTuple):
     """A weight ``[N, K]``.
@@ -128,7 +133,7 @@ IMPLS = (
 )
 
 
-def _check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
+def check_smooth(op: str, smooth: Tensor, like: Tensor, name: str) -> None:
     check_tensor(op, "smooth", smooth)
     check_shape(op, "smooth", smooth, like.shape[-1:])
     if smooth.device != like.device:
@@ -153,7 +158,7 @@ def row_args(
     """Check the public arguments and give those of a row."""
     check_tensor(op, "x", x)
     if smooth is not None:
-        _check_smooth(op, smooth, x, "x")
+        check_smooth(op, smooth, x, "x")
         smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
@@ -232,7 +237,7 @@ def quantize_weight(
         raise ValueError(f"quantize_weight: group is {size}, need an even number with 4 bits")
     w = wide(weight.detach())
     if smooth is not None:
-        _check_smooth("quantize_weight", smooth, weight, "weight")
+        check_smooth("quantize_weight", smooth, weight, "weight")
         if not _holds((smooth > 0).all() & smooth.isfinite().all()):
             raise ValueError("quantize_weight: smooth has a value that is not above 0 and finite")
         w = w * smooth.detach().to(w.dtype)

@@ -4,8 +4,8 @@ MUTANTS = [
     ("row guard off by one", "if (row >= a.B * a.N) return;", "if (row > a.B * a.N) return;"),
     (
         "lost tail of packs",
-        "for (int k = 0; k < kept; ++k)\n      if (lane + 32 * k < packs)",
-        "for (int k = 0; k + 1 < kept; ++k)\n      if (lane + 32 * k < packs)",
+        "k < kept; ++k) {\n        const int64_t pack = lane + 32 * k;\n        if",
+        "k + 1 < kept; ++k) {\n        const int64_t pack = lane + 32 * k;\n        if",
     ),
     ("padding not zeroed", "if (pack >= packs) held[k][i] = 0.0f;", ""),
     ("padding counted in variance", "if (pack < packs) square =", "square ="),
@@ -19,5 +19,25 @@ MUTANTS = [
     ("scale without one", "fmaf(m[i], p[i], m[i])", "m[i] * p[i]"),
     ("alignment not checked", "bool four = a.D % 4 == 0;", "bool four = true;"),
     ("residual dropped", "store<width>(r, residual + d);", ""),
+    ("largest value of a lane alone", "most = gpu::warp_max(most);", ""),
+    (
+        "NaN lost in the maximum",
+        "fmaxf(most, size < INFINITY ? size : INFINITY)",
+        "fmaxf(most, size)",
+    ),
+    ("smooth left out", "if (!a.smooth) return;", "return;"),
+    ("rows modulated twice", "if (!modulated) {", "if (true) {"),
+    ("rounded towards zero", "rintf(__fmul_rn(m[i], inverse))", "truncf(__fmul_rn(m[i], inverse))"),
+    (
+        "scale of a row without one",
+        "usable ? __fdiv_rn(most, kLevels) : 0.0f",
+        "__fdiv_rn(most, kLevels)",
+    ),
+    ("integers of a neighbour", "(a.q) + row * a.D;", "(a.q) + (row ? row - 1 : 0) * a.D;"),
+    (
+        "alignment of smooth not checked",
+        "four = four && aligned<float>(Modulation{a.smooth, 0, 0})",
+        "four = four && true",
+    ),
     ("eps outside the root", "/ float(a.D) + a.eps)", "/ float(a.D)) + a.eps"),
 ]

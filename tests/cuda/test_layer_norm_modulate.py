@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from fastdiff import testing_simt
-from fastdiff.ops import gate_residual, gate_residual_norm_modulate, layer_norm_modulate
+from fastdiff.ops import (
+    gate_residual,
+    gate_residual_norm_modulate,
+    gate_residual_norm_quantize,
+    layer_norm_modulate,
+)
 from fastdiff.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +56,46 @@ def test_against_float64(dim, dtype):
     compare(lambda *t, impl: norm(*t, rms=True, impl=impl), tensors)
     compare(lambda *t, impl: gate_residual(*t[:3], impl=impl), tensors)
     compare(norm, (*tensors[:3], None, None, None, None))
+
+
+def rounded(tensors, smooth, mode=(0, False, False)):
+    with testing_simt.emulated(*mode):
+        x, y, gate, shift, scale, weight, bias = tensors
+        return gate_residual_norm_quantize(
+            x, y, gate, shift, scale, weight=weight, bias=bias, smooth=smooth, impl="native"
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_integers(dim, dtype):
+    for smooth in (None, torch.rand(dim) + 0.5):
+        tensors = inputs(dim, dtype)
+        r, (values, scale, _) = rounded(tensors, smooth)
+        exact = chain(*[t.double() for t in tensors], impl="ref")
+        compare(lambda *t, impl: gate_residual(*t[:3], impl=impl), tensors)
+        assert torch.equal(r, chain(*tensors, impl="ref")[0]) or dtype == torch.float32
+        m = exact[1] if smooth is None else exact[1] / smooth.double()
+        most = m.abs().amax(-1)
+        torch.testing.assert_close(scale.double(), most / 127, rtol=1e-5, atol=0)
+        away = (values * scale.double()[..., None] - m).abs()
+        assert (away <= 0.5 * scale[..., None] + 1e-5 * most[..., None]).all()
+        assert (values.abs().amax(-1) == 127).all()
+
+
+@pytest.mark.parametrize("dim", (64, 37))
+def test_integers_of_rows_without_any(dim):
+    x, y, gate, *_ = inputs(dim, torch.float32)
+    x[0, 1], y[0, 1] = 2.0, 0.0
+    x[0, 2, 3], x[1, 4, dim - 1] = torch.nan, -torch.inf
+    want = None
+    for mode in testing_simt.MODES:
+        r, (values, scale, _) = rounded((x, y, gate, *[None] * 4), None, mode)
+        broken = scale.isnan()
+        assert broken.nonzero().tolist() == [[0, 2], [1, 4]] and not values[broken].any()
+        assert scale[0, 1] == 0 and not values[0, 1].any()
+        assert want is None or torch.equal(want, values)
+        want = values
 
 
 @pytest.mark.parametrize("dim", (96, 37))

@@ -14,6 +14,7 @@ from fastdiff import adapters, calibrate, methods, samplers, stored, target
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cache import DeepCache, FirstBlock, Forecast
 from fastdiff.cache.parse import parse
+from fastdiff.dispatch import record
 from fastdiff.models import DiT, DiTMoE
 from fastdiff.precision import Precision
 from fastdiff.testing import draw_weights, load_file
@@ -51,6 +52,10 @@ def call(model, *args):
 
 def distance(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def ran(rows, op):
+    return sum(n for (name, _), n in rows.items() if name == op)
 
 
 def run(model, batch=2, **how):
@@ -104,6 +109,51 @@ def test_errors_of_layers_and_networks(policy, bound, model):
     assert "precision: 15 in" in words and "blocks.0.mlp.fc1: " in words and "ms a call" in words
     fastdiff.restore(model)
     assert torch.equal(call(model), plain)
+
+
+def test_norms_hand_over_int8(model):
+    """After the call whose errors are looked at, norms within the blocks give integers; so they
+    do outside runs. A weight's smoothing goes with them, and nothing depends on who rounds."""
+    maxima = calibrate.activation_maxima(model, lambda: call(model))
+    for policy in (Precision(), Precision(smooth=0.5, maxima=maxima), Precision(group=16)):
+        fastdiff.accelerate(model, precision=policy, exact=False)
+        with record() as rows:
+            got = call(model)
+        assert ran(rows, "gate_residual_norm_quantize") == 5, rows
+        assert ran(rows, "gate_residual_norm_modulate") == 1, rows
+        with fastdiff.request():
+            with record() as rows:
+                floats = call(model)
+            assert not ran(rows, "gate_residual_norm_quantize")
+            assert distance(got, floats) < 2e-3
+            assert torch.equal(call(model), got)
+        fastdiff.restore(model)
+    for policy in (Precision(rotate=64), Precision(rank=4), Precision("bfloat16")):
+        with fastdiff.accelerated(model, precision=policy, exact=False):
+            with record() as rows:
+                call(model)
+        assert not ran(rows, "gate_residual_norm_quantize")
+    with fastdiff.accelerated(model, precision=Precision(first=1), exact=False):
+        with fastdiff.request(), record() as rows:
+            call(model)
+        assert not ran(rows, "quant_linear") and not ran(rows, "gate_residual_norm_quantize")
+
+
+def test_projections_of_one_input_round_it_once():
+    make = {f.__name__: f for f in networks.NETWORKS}["sd3"]
+    model, args, kwargs = make()
+    fastdiff.accelerate(model, precision=Precision(least=256))
+    with torch.no_grad(), record() as rows:
+        model(*args, **kwargs)
+    assert ran(rows, "quantize") < ran(rows, "quant_linear") * 0.75, rows
+    layer = next(one for one in acceleration_of(model).layers.values() if one.stored.plain)
+    x = torch.randn(3, layer.stored.shape[1])
+    with torch.no_grad():
+        first = layer(x)
+        x.mul_(-1.0)
+        second = layer(x)  # written to since
+        bias = layer(torch.zeros_like(x))
+    torch.testing.assert_close(first - bias, bias - second)
 
 
 def test_scores_in_int8(model):

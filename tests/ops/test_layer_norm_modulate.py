@@ -12,6 +12,7 @@ from fastdiff.ops.layer_norm_modulate import (
     gate_residual,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_ref,
+    gate_residual_norm_quantize,
     layer_norm_modulate,
     layer_norm_modulate_ref,
 )
@@ -101,6 +102,75 @@ def test_chain_matches_float64(row, dtype, rms):
                 testing.assert_close(g, e, p, what=f"{row} {shape} {per_token} {name}")
             testing.assert_close(alone, exact[0], eager[0], what=f"{row} {shape} alone")
             assert torch.equal(alone, got[0])
+
+
+def check_tokens(got, parts, smooth, rms=False):
+    """Integers within a half and rounding errors of the exact quotients; scales of the largest."""
+    exact = gate_residual_norm_modulate_ref(*double(*parts), 1e-6, rms)[1]
+    exact = exact if smooth is None else exact / smooth.double()
+    values, scale, dtype = got
+    assert values.dtype == torch.int8 and scale.dtype == torch.float32 and dtype == parts[0].dtype
+    assert values.shape == exact.shape and scale.shape == exact.shape[:-1]
+    assert values.is_contiguous() and scale.is_contiguous()
+    if exact.numel():
+        most = exact.abs().amax(-1)
+        torch.testing.assert_close(scale.double(), most / 127, rtol=1e-4, atol=1e-7)
+        away = (values * scale.double()[..., None] - exact).abs() - 0.5 * scale[..., None]
+        assert (away <= 1e-4 * most[..., None] + 1e-6).all(), away.max()
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("rms", [False, True])
+def test_chain_as_integers(row, dtype, rms):
+    for shape in shapes_of(row):
+        for per_token in (False, True):
+            x, y = (2 * torch.randn(2, *shape) + 0.25).to(dtype)
+            gate, shift, scale = modulations(shape, dtype, per_token)
+            weight, bias = torch.randn(2, shape[-1]).to(dtype)
+            smooth = torch.rand(shape[-1]) + 0.5 if per_token else None
+            parts = (x, y, gate, shift, scale, weight, bias)
+            how = dict(weight=weight, bias=bias, smooth=smooth, rms=rms, impl=row)
+            with testing.unchanged(*parts, *([] if smooth is None else [smooth])):
+                r, tokens = gate_residual_norm_quantize(x, y, gate, shift, scale, **how)
+            assert torch.equal(r, gate_residual(x, y, gate, impl=row))
+            check_tokens(tokens, parts, smooth, rms)
+
+
+@pytest.mark.parametrize("level", fastdiff.cpu_levels())
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_integers_of_levels_and_layouts(level, layout):
+    for shape in ((3, 5, 77), (2, 3, 640), (1, 2, 1)):
+        for dtype in testing.DTYPES:
+            x, y = (testing.lay(t, layout) for t in (2 * torch.randn(2, *shape)).to(dtype))
+            mods = modulations(shape, dtype, False, layout)
+            smooth = testing.lay(torch.rand(shape[-1]) + 0.5, layout)
+            with testing.cpu_level(level):
+                got = gate_residual_norm_quantize(x, y, *mods, smooth=smooth, impl="native")[1]
+            check_tokens(got, (x, y, *mods, None, None), smooth)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_integers_of_rows_without_any(row):
+    """A row of zeros is zeros; one with a NaN or an infinity has the scale NaN; neighbours and
+    another batch do not matter."""
+    x, y = torch.randn(2, 2, 4, 40)
+    x[0, 1], y[0, 1] = 3.0, 0.0  # no deviation
+    x[0, 2, 7], x[1, 0, 39] = torch.nan, torch.inf
+    gate = torch.randn(2, 40)
+    values, scale, _ = gate_residual_norm_quantize(x, y, gate, impl=row)[1]
+    broken = scale.isnan()
+    assert broken.nonzero().tolist() == [[0, 2], [1, 0]] and not values[broken].any()
+    assert scale[0, 1] == 0 and not values[0, 1].any()
+    one = gate_residual_norm_quantize(x[1:, 1:], y[1:, 1:], gate[1:], impl=row)[1]
+    assert torch.equal(one.values, values[1:, 1:]) and torch.equal(one.scale, scale[1:, 1:])
+    assert values[1, 1].abs().max() == 127
+
+
+def test_integers_have_no_gradient():
+    x = torch.randn(1, 2, 8, requires_grad=True)
+    with pytest.raises(fastdiff.NoImpl, match="gradient"):
+        gate_residual_norm_quantize(x, x.detach(), torch.randn(1, 8))
 
 
 @pytest.mark.parametrize("level", fastdiff.cpu_levels())
@@ -277,9 +347,8 @@ def test_native_chain_checks_y_and_gate():
 
 
 def test_tables_cover_the_public_functions():
-    assert list(TABLES) == [
-        f.__name__ for f in (layer_norm_modulate, gate_residual, gate_residual_norm_modulate)
-    ]
+    chains = gate_residual_norm_modulate, gate_residual_norm_quantize
+    assert list(TABLES) == [f.__name__ for f in (layer_norm_modulate, gate_residual, *chains)]
     why = fastdiff.explain(gate_residual, X, X.double().float(), X)
     assert why["native"] is None and why["ref"] is None
     assert testing.rows_of(GATE_RESIDUAL) == testing.rows_of(GATE_RESIDUAL_NORM_MODULATE) == ROWS
