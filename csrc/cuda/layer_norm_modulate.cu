@@ -58,7 +58,8 @@ __device__ __forceinline__ void add_gated(const T* x, const T* y, const T* gate,
 // Lane l holds packs l, l + 32, ... of the row, `packs` of them at most; longer rows are read again
 // (kept == 0) from x, or from x + gate y computed anew.
 template <class T, int width, int kept, bool rounded>
-__global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulateArgs a) {
+__global__ void __launch_bounds__(32 * kWarps, rounded ? 3 : 0)
+    layer_norm_rows(LayerNormModulateArgs a) {
   const int lane = int(threadIdx.x) % 32;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= a.B * a.N) return;
@@ -167,6 +168,7 @@ __global__ void __launch_bounds__(32 * kWarps) layer_norm_rows(LayerNormModulate
         do_(pack * width, held[k]);
       }
     } else {
+#pragma unroll(rounded ? 1 : 4)
       for (int64_t pack = lane; pack < packs; pack += 32) {
         float m[width];
         again(pack, held[0]), modulate(pack, held[0], m);
@@ -209,7 +211,8 @@ namespace {
 template <class T, int width, int kept>
 int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
   const dim3 grid(unsigned((a.B * a.N + kWarps - 1) / kWarps)), block(32 * kWarps);
-  if (a.q) return GPU_LAUNCH((layer_norm_rows<T, width, kept, true>), grid, block, 0, stream, a);
+  if constexpr (kept <= 10)
+    if (a.q) return GPU_LAUNCH((layer_norm_rows<T, width, kept, true>), grid, block, 0, stream, a);
   return GPU_LAUNCH((layer_norm_rows<T, width, kept, false>), grid, block, 0, stream, a);
 }
 
@@ -231,7 +234,7 @@ int launch(const LayerNormModulateArgs& a, cudaStream_t stream) {
   const int64_t packs = (a.D / 4 + 31) / 32;  // of a lane
   if (packs <= 4) return launch<T, 4, 4>(a, stream);
   if (packs <= 10) return launch<T, 4, 10>(a, stream);
-  if (packs <= 16) return launch<T, 4, 16>(a, stream);
+  if (packs <= 16 && !a.q) return launch<T, 4, 16>(a, stream);  // as integers it would spill
   return launch<T, 4, 0>(a, stream);
 }
 
@@ -243,17 +246,18 @@ extern "C" int fastdiff_gpu_layer_norm_modulate(const LayerNormModulateArgs* a, 
   return error;
 }
 #else
-#define FASTDIFF_INSTANTIATE(T, rounded)                                              \
-  template __global__ void layer_norm_rows<T, 4, 4, rounded>(LayerNormModulateArgs);  \
-  template __global__ void layer_norm_rows<T, 4, 10, rounded>(LayerNormModulateArgs); \
-  template __global__ void layer_norm_rows<T, 4, 16, rounded>(LayerNormModulateArgs); \
-  template __global__ void layer_norm_rows<T, 4, 0, rounded>(LayerNormModulateArgs);  \
-  template __global__ void layer_norm_rows<T, 1, 0, rounded>(LayerNormModulateArgs);
-FASTDIFF_INSTANTIATE(float, false)
-FASTDIFF_INSTANTIATE(gpu::bf16, false)
-FASTDIFF_INSTANTIATE(gpu::f16, false)
-FASTDIFF_INSTANTIATE(float, true)
-FASTDIFF_INSTANTIATE(gpu::bf16, true)
-FASTDIFF_INSTANTIATE(gpu::f16, true)
+#define FASTDIFF_INSTANTIATE(T)                                                     \
+  template __global__ void layer_norm_rows<T, 4, 4, false>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 4, 10, false>(LayerNormModulateArgs); \
+  template __global__ void layer_norm_rows<T, 4, 16, false>(LayerNormModulateArgs); \
+  template __global__ void layer_norm_rows<T, 4, 0, false>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 1, 0, false>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 4, 4, true>(LayerNormModulateArgs);   \
+  template __global__ void layer_norm_rows<T, 4, 10, true>(LayerNormModulateArgs);  \
+  template __global__ void layer_norm_rows<T, 4, 0, true>(LayerNormModulateArgs);   \
+  template __global__ void layer_norm_rows<T, 1, 0, true>(LayerNormModulateArgs);
+FASTDIFF_INSTANTIATE(float)
+FASTDIFF_INSTANTIATE(gpu::bf16)
+FASTDIFF_INSTANTIATE(gpu::f16)
 #endif
 }  // namespace fastdiff
