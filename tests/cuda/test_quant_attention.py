@@ -50,6 +50,11 @@ def test_matches_the_specification(dtype):
         check(make(9, 70, 40, dtype=dtype), scale=scale)
 
 
+def test_the_mean_is_that_of_float64():
+    """Of keys whose sum in float32 would be off by a sixteenth, their own spread being one."""
+    check(make(9, 150, 40, mean=2.0**16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_in_and_nothing_out(dtype):
     assert run(make(17, 0, 40, 24, dtype)).eq(0).all()
@@ -123,6 +128,9 @@ def test_strides(dtype):
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     want = run([t.contiguous() for t in (q, k, v)])
     assert torch.equal(check((q, k, v), "packed"), want)
+    wide = torch.randn(3, 2, 2, 19, 42).to(dtype)  # aligned, and its rows are not
+    rows = wide[..., :40].unbind()
+    assert torch.equal(check(rows, "rows of 42"), run([t.contiguous() for t in rows]))
     check((q, k[:1].expand(2, -1, -1, -1), v[:, :1].expand(-1, 2, -1, -1)), "expanded")
     check((q[:, :, :1].expand(-1, -1, 19, -1), k, v[:, :, :1].expand(-1, -1, 19, -1)), "one row")
 
@@ -209,11 +217,11 @@ def test_scores_that_overflow():
     assert run((q.abs() * 1e30, -k.abs() * 1e30, v), smooth=False).isnan().all()  # all of them -inf
     assert check((q * 60, k, v)).isfinite().all()
     # Some are -inf: their keys weigh nothing, in the first tile or a later one.
-    q, k = q.abs() * 1e20, k.abs() * 1e-20
+    q, k = q.abs() * 1e20, k.abs()
     for part in (slice(0, 66), slice(40, 70)):
-        some = k.clone()
-        some[:, :, part] *= -(1e40**0.5) * 1e20
-        check((q, some, v), smooth=False)
+        some = k * 1e-20
+        some[:, :, part] = k[:, :, part] * -1e20
+        assert check((q, some, v), smooth=False).isfinite().all()
 
 
 def test_the_parts_of_float32_values():
