@@ -4,8 +4,8 @@
 // A block of the last owns the query rows of one head that its warps have between them, 16 a warp,
 // as in attention.cu. It rounds them to int8 itself: four lanes have a row, in the registers that
 // the products take them in, and every row is one block's. Keys, their scales and values come in
-// tiles through shared memory, one worked on while the next is on its way. Each element
-// of q is read twice, of k too and once more for the mean, of integers and v once a block.
+// tiles through shared memory, one worked on while the next is on its way. Each element of q is
+// read twice, of k too and once more for the mean, of integers and v once a block.
 //
 // Weights and v are multiplied on tensor cores in the dtype of v. A float32 is three bfloat16 there
 // that sum to it, eight bits each: the six products that float32 does not round away.
