@@ -35,7 +35,6 @@ NO_CUDA = {
     "gelu_tanh": _BOUND,
     "linear": f"none: {_LIBRARY} (cuBLAS, row torch)",
     "qk_norm_rope": _BOUND,
-    "quant_attention": "none yet",
 }
 NO_TRITON = {
     "conv3x3": "none: cuDNN, row torch",

@@ -13,10 +13,10 @@ constexpr const char* kOp = "quant_attention";
 constexpr int64_t kMostDim = ((int64_t(1) << 31) - 1) / (127 * 127);  // int32 sums hold it
 }  // namespace
 
-at::Tensor quant_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in,
-                               const at::Tensor& v_in, double scale, bool smooth) {
+at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                           double scale, bool smooth) {
   QuantAttentionArgs a{};
-  check_cpu(kOp, "q", q_in);
+  check_runs(kOp, "q", q_in);
   a.dtype = dtype_of(kOp, "q", q_in);
   for (auto [name, t] : {std::pair{"q", &q_in}, {"k", &k_in}, {"v", &v_in}}) {
     check_device(kOp, name, *t, q_in);
@@ -41,15 +41,17 @@ at::Tensor quant_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in,
     a.out = out.mutable_data_ptr();
     a.threads = std::min<int64_t>(at::get_num_threads(), a.batch * a.heads * ((a.rows + 7) / 8));
     // The one allocation besides the output.
-    const int64_t floats = QuantAttentionScratch(a).total;
+    const int64_t floats =
+        on_gpu(q) ? QuantAttentionGpuScratch(a).total : QuantAttentionScratch(a).total;
     at::Tensor scratch = at::empty({floats + 16}, q.options().dtype(at::kFloat));
     auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr<float>());
     a.scratch = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    FASTDIFF_CALL_KERNEL(quant_attention, a);
+    FASTDIFF_RUN(quant_attention, a, q);
   }
   return out.transpose(1, 2);
 }
 
 }  // namespace fastdiff
 
-TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("quant_attention", &fastdiff::quant_attention_cpu); }
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("quant_attention", &fastdiff::quant_attention); }
+TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) { m.impl("quant_attention", &fastdiff::quant_attention); }

@@ -10,7 +10,7 @@ struct QuantAttentionArgs {
   float scale;
   bool smooth;  // the mean over keys comes off k
   Dtype dtype;
-  float* scratch;  // quant_attention_scratch(args) floats, 64-byte aligned
+  float* scratch;  // its struct below has the total of floats; 64-byte aligned
   int64_t threads;
 };
 }  // namespace fastdiff
@@ -47,6 +47,30 @@ struct QuantAttentionScratch {
     sum = mean + dim;
     each = sum + 2 * dim;
     total = own + a.threads * each;
+  }
+};
+
+// What the GPU's kernels leave one another: offsets in words of 32 bits, each a multiple of 4.
+struct QuantAttentionGpuScratch {
+  int64_t dim = 0;     // channels that tiles have, of the head and of v; 0: too many
+  int64_t width;       // bytes of a row of integers
+  int64_t keys;        // of a head: padded to whole tiles
+  int64_t k_scale, k;  // float[B,H,keys], int8[B,H,keys,width]
+  int64_t mean;        // float[B,H,width]
+  int64_t v, total;    // of float32: bfloat16[B,H,T,3,dim], three that sum to it
+
+  explicit QuantAttentionGpuScratch(const QuantAttentionArgs& a) {
+    const int64_t sizes[] = {48, 64, 80, 128, 160, 256}, all = a.batch * a.heads;
+    const bool wide = a.dtype == Dtype::kF32;
+    const int64_t widest = a.dim > a.value_dim ? a.dim : a.value_dim;
+    for (int64_t size : sizes)
+      if (!dim && widest <= size && !(wide && size > 128)) dim = size;
+    width = (dim + 31) / 32 * 32, keys = (a.keys + 63) / 64 * 64;
+    k_scale = 0;
+    k = k_scale + all * keys;
+    mean = k + all * keys * width / 4;
+    v = mean + all * width;
+    total = v + (wide ? all * a.keys * dim * 3 / 2 : 0);
   }
 };
 }  // namespace fastdiff

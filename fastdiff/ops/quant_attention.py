@@ -36,7 +36,7 @@ TINY = 127 * 2.0**-126  # below it 127 / max is no float32
 MOST_DIM = (2**31 - 1) // 127**2  # whose products an int32 holds the sum of
 # Of a head: above, tiles do not stay in the registers of a GPU (tests/test_testing_compile.py).
 TRITON_MAX_DIM = 256
-TRITON_MAX_VALUE_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+CUDA_MAX_DIM = TRITON_MAX_VALUE_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,13 @@ def quant_attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float, smooth: b
 
 
 def _native_why_not(q: Tensor, k: Tensor, v: Tensor, scale: float, smooth: bool) -> str | None:
-    return why_not_native(q, k, v) or refuse_grad(q, k, v)
+    widest, most = max(q.shape[3], v.shape[3]), CUDA_MAX_DIM.get(q.dtype, 0)
+    if q.is_cuda and q.dtype in CUDA_MAX_DIM and widest > most:
+        return (
+            f"head dimension {widest} is above {most}, the CUDA kernel's most in {q.dtype}: sums "
+            "would not stay in registers"
+        )
+    return why_not_native(q, k, v, gpu="quant_attention") or refuse_grad(q, k, v)
 
 
 def _triton_why_not(q: Tensor, k: Tensor, v: Tensor, scale: float, smooth: bool) -> str | None:

@@ -44,6 +44,7 @@ try:
     if what == "all":
         q = torch.zeros(1, 2, 70, 128, dtype=torch.bfloat16)
         ops.attention(q, q, q, impl="native")
+        ops.quant_attention(q, q, q, impl="native")
         ops.group_norm_silu(torch.zeros(1, 8, 4, 4), 2, impl="native")
         ops.gather_tokens(x, torch.zeros(2, 3, dtype=torch.int64), impl="native")
         ops.select_tokens(x[0], 3, impl="native")
