@@ -1,5 +1,5 @@
-r"""Linear layers of experts over ragged groups of rows, in int8: ``grouped_linear`` with the products
-of ``quant_linear``.
+r"""Linear layers of experts over ragged groups of rows, in int8: ``grouped_linear`` with the
+products of ``quant_linear``.
 
     u[r, n] = s[i_r] sum_g w[e, n, g] (sum_{k in g} q[i_r, k] v[e, n, k]) + bias[e, n]
     y[r] = act(u[r]),   offsets_e <= r < offsets_(e + 1),   act and i as in ``grouped_linear``

@@ -70,7 +70,9 @@ def composed(args, activation, dtype):
         y = torch.zeros(b - a, values.shape[1], dtype=dtype)
         if values.shape[2]:
             groups = scale.shape[2]
-            pairs = zip(q[a:b].long().chunk(groups, 1), values[e].long().chunk(groups, 1))
+            pairs = zip(
+                q[a:b].long().chunk(groups, 1), values[e].long().chunk(groups, 1), strict=True
+            )
             for g, (x, w) in enumerate(pairs):
                 y = y + (x @ w.T).float().to(dtype) * scale[e, :, g].to(dtype)
         y = y * s[a:b, None].to(dtype)
@@ -107,7 +109,8 @@ def test_matches_float64(row, dtype):
         last = sum(sizes)
         for bias in (None, args[5]):
             given = (*args[:5], bias, args[6])
-            for activation in ACTIVATIONS if row != "triton" else (None, "gelu", "swiglu"):
+            some = ("gelu" if bias is None else "swiglu",)  # the interpreter is slow
+            for activation in ACTIVATIONS if row != "triton" else some:
                 if activation in GATED and more[2] % 2:
                     continue
                 exact = composed(given, activation, torch.float64)
@@ -221,7 +224,7 @@ def test_nan_tokens_and_zero_tokens(row, dtype):
         offsets = torch.tensor([0, *sizes]).cumsum(0)
         clean = grouped_quant_linear(data, weight, offsets, bias=bias, impl=row)
         data[1, 7], data[2, 39], data[3] = torch.nan, -torch.inf, 0
-        for activation in ACTIVATIONS:
+        for activation in ACTIVATIONS if row != "triton" else ("geglu",):
             got = grouped_quant_linear(
                 data, weight, offsets, bias=bias, activation=activation, impl=row
             )
