@@ -25,7 +25,10 @@ at::Tensor grouped_linear(const at::Tensor& x_in, const at::Tensor& weight_in,
   const at::Tensor weight = as_is ? weight_in : weight_in.contiguous();
   const at::Tensor offsets = offsets_in.contiguous();
   at::Tensor index, bias;
-  if (index_in) index = index_in->contiguous();
+  if (index_in) {
+    check_dim(op, "index", *index_in, 1);
+    index = index_in->contiguous();
+  }
   args.E = weight.size(0), args.N = weight.size(1);
   args.K = x.size(1), args.x_stride = x.stride(0);
   groups(op, args, x, offsets, index_in ? Optional(index) : Optional(),

@@ -43,7 +43,10 @@ at::Tensor grouped_quant_linear(const at::Tensor& q_in, const at::Tensor& s_in,
   const at::Tensor values = values_in.contiguous(), scale = scale_in.contiguous();
   const at::Tensor offsets = offsets_in.contiguous();
   at::Tensor index, bias;
-  if (index_in) index = index_in->contiguous();
+  if (index_in) {
+    check_dim(op, "index", *index_in, 1);
+    index = index_in->contiguous();
+  }
   groups(op, args, q, offsets, index_in ? Optional(index) : Optional(),
          index_in ? index_in->size(0) : q.size(0));
   at::Tensor y = at::empty({args.R, gated ? all.N / 2 : all.N}, q.options().dtype(dtype));
@@ -55,7 +58,7 @@ at::Tensor grouped_quant_linear(const at::Tensor& q_in, const at::Tensor& s_in,
     bias = bias_in->contiguous();
     all.bias = bias.const_data_ptr();
   }
-  all.M = args.R;
+  all.M = args.R, all.index = args.index;
   all.q = q.const_data_ptr<int8_t>(), all.s = s.const_data_ptr<float>();
   all.values = values.const_data_ptr<int8_t>(), all.scale = scale.const_data_ptr<float>();
   all.y = y.mutable_data_ptr();

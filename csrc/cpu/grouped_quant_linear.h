@@ -6,7 +6,7 @@ namespace fastdiff {
 struct GroupedQuantLinearArgs {
   QuantLinearArgs all;     // q [T, K], s [T]; values, scale and bias of E experts; y of R rows
   const int64_t* offsets;  // [E + 1]
-  const int64_t* index;    // [R], or null: row r is q[r]
+  const int64_t* index;    // that of all
   int64_t R, T, E;
 };
 }  // namespace fastdiff

@@ -16,13 +16,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   GPU_SHARED(Pair, shared);
   const Group group = find<rows>(a, int(blockIdx.x) / across, int(threadIdx.x) % 32);
   if (group.begin >= group.end) return;
-  QuantLinearArgs own = a.all;
-  const int64_t e = group.expert;
-  own.values += e * own.N * own.K, own.scale += e * own.N * own.G, own.index = a.index;
-  if (own.bias) own.bias = static_cast<const T*>(own.bias) + e * own.N;
-  const int wide = own.activation >= kGroupedGeglu ? kColumns / 2 : kColumns;
-  quant_tile<T, rows, groups, true>(own, shared, group.begin, group.end, a.T,
-                                    int(blockIdx.x) % across * wide, k_aligned, y_aligned);
+  const int wide = a.all.activation >= kGroupedGeglu ? kColumns / 2 : kColumns;
+  quant_tile<T, rows, groups, true>(a.all, shared, group.begin, group.end, a.T,
+                                    group.expert * int(a.all.N), int(blockIdx.x) % across * wide,
+                                    k_aligned, y_aligned);
 }
 
 #ifndef __CUDACC_RTC__
@@ -51,7 +48,8 @@ int launch(const GroupedQuantLinearArgs& a, cudaStream_t stream) {
 template <class T>
 int launch(const GroupedQuantLinearArgs& a, cudaStream_t stream) {
   const QuantLinearArgs& all = a.all;
-  if (a.R > kMost || all.N > kMost || all.K > kMost || a.E > kMost || all.G > kMost / all.N)
+  if (a.R > kMost || all.N > kMost || all.K > kMost || a.E > kMost / all.N ||
+      all.G > kMost / (a.E * all.N))
     return kInvalidConfiguration;
   if (all.G > 1) return launch<T, 64, true>(a, stream);
   const int64_t tiles = (a.R / 128 + 1) * (all.N / kColumns + 1);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     quant_linear_tiles(QuantLinearArgs a, int across, bool k_aligned, bool y_aligned) {
   GPU_SHARED(Pair, shared);
   const int first = int(blockIdx.x) / across * rows, left = int(blockIdx.x) % across * kColumns;
-  quant_tile<T, rows, groups, false>(a, shared, first, int(a.M), int(a.M), left, k_aligned,
+  quant_tile<T, rows, groups, false>(a, shared, first, int(a.M), a.M, 0, left, k_aligned,
                                      y_aligned);
 }
 

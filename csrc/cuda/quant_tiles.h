@@ -37,19 +37,20 @@ __device__ __forceinline__ void copy_slice(Pair* to, const signed char* const (&
 }
 
 // The tile of y of rows `first` on, before `end`, and columns `left` on. q has `given` rows.
-// grouped: rows are read through the index, and the activation may gate: half as many columns then,
-// with both their products side by side in turns of eight.
+// grouped: rows are read through the index, those of the weight begin with row `base`, and the
+// activation may gate: half as many columns then, with both their products side by side in turns of
+// eight.
 template <class T, int rows, bool groups, bool grouped>
 __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* shared, int first,
-                                           int end, int64_t given, int left, bool k_aligned,
-                                           bool y_aligned) {
+                                           int end, int64_t given, int base, int left,
+                                           bool k_aligned, bool y_aligned) {
   using Own = Tile<Slice<false, rows>, Slice<false, kColumns>, rows>;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const bool gated = grouped && a.activation >= kGroupedGeglu;
   const int N = int(a.N), K = int(a.K), G = int(a.G), out = gated ? N / 2 : N;
   // Column i of the tile is that of y, and row n_of(i) of the weight.
   const auto column = [&](int i) { return left + (gated ? i / 16 * 8 + i % 8 : i); };
-  const auto n_of = [&](int i) { return column(i) + (gated && (i & 8) != 0 ? out : 0); };
+  const auto n_of = [&](int i) { return base + column(i) + (gated && (i & 8) != 0 ? out : 0); };
   // The row of q for row m, or -1.
   const auto token = [&](int m) {
     if (m >= end) return int64_t(-1);
@@ -68,8 +69,8 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
 #pragma unroll
   for (int j = 0; j < kColumns / 64; ++j) {
     const int i = thread / 4 + 64 * j;
-    w[j] =
-        column(i) < out ? reinterpret_cast<const signed char*>(a.values) + n_of(i) * a.K : nullptr;
+    w[j] = column(i) < out ? reinterpret_cast<const signed char*>(a.values) + int64_t(n_of(i)) * a.K
+                           : nullptr;
   }
   int sum[2][Own::blocks][4] = {};
   float total[2][Own::blocks][4] = {};
@@ -120,9 +121,9 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     float y[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      y[j] = scaled(j, n + j);
+      y[j] = scaled(j, base + n + j);
       if constexpr (grouped) {
-        y[j] = activated(a.activation, y[j], gated ? scaled(8 + j, out + n + j) : 0.0f);
+        y[j] = activated(a.activation, y[j], gated ? scaled(8 + j, base + out + n + j) : 0.0f);
       } else {
         if (a.activation == kGroupedGeluTanh) y[j] = gpu::gelu_tanh(y[j]);
         if (a.activation == kGroupedSilu) y[j] *= gpu::sigmoid(y[j]);
