@@ -84,6 +84,11 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def(
       "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, Tensor? index, str? "
       "activation) -> Tensor");
+  // q [T,K], values [E,N,K] int8; s [T], scale [E,N,G] float32; offsets [E+1]; bias [E,N] of dtype;
+  // index [R] -> [R,N], [R,N/2] with a gate
+  m.def(
+      "grouped_quant_linear(Tensor q, Tensor s, Tensor values, Tensor scale, Tensor offsets, "
+      "Tensor? bias, Tensor? index, str? activation, ScalarType dtype) -> Tensor");
   // grad [R,N]; x [T,K] -> [E,N,K]
   m.def("grouped_weight_grad(Tensor grad, Tensor x, Tensor offsets, Tensor? index) -> Tensor");
   // grad [T,O]; x [T,I]; crow [O/block_rows+1]; col [nnz] -> float32 [nnz], or [nnz, block_rows,

@@ -14,7 +14,8 @@ from fastdiff.cache import AccumulatedDistance, Broadcast, DeepCache, FirstBlock
 from fastdiff.cache._check import number, whole
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.history import History
-from fastdiff.engine.quant_layers import layers_of
+from fastdiff.engine.patch import Patch
+from fastdiff.engine.quant_layers import layers_of, listen
 from fastdiff.engine.request import Request
 from fastdiff.precision import Precision
 
@@ -97,22 +98,28 @@ def activation_maxima(
         ValueError: ``run`` called no linear layer, or a channel was not finite.
     """
     seen: dict[str, torch.Tensor] = {}
-    hooks = []
+    hooks, patch = [], Patch()
+
+    def add(key: str, x: torch.Tensor) -> None:
+        most = x.detach().float().flatten(0, -2).abs().amax(0)
+        seen[key] = torch.maximum(seen[key], most) if key in seen else most
+
     for prefix, network in _networks(target).items():
         for name, module in layers_of(network):
 
             def look(_: Any, args: tuple[Any, ...], key: str = name) -> None:
-                most = args[0].detach().float().flatten(0, -2).abs().amax(0)
-                seen[key] = torch.maximum(seen[key], most) if key in seen else most
+                add(key, args[0])
 
             full = f"{prefix}.{name}" if prefix else name
             hooks.append(module.register_forward_pre_hook(partial(look, key=full)))
+        listen(network, f"{prefix}." if prefix else "", add, patch)
     try:
         with torch.no_grad():
             run()
     finally:
         for hook in hooks:
             hook.remove()
+        patch.undo()
     if not seen:
         raise ValueError("activation_maxima: run called no linear layer of target")
     for name, most in seen.items():

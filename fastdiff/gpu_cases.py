@@ -169,7 +169,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         ),
     )
     few = _steps, _adapters, _low_rank, _aggregations, _small_experts, _experts
-    for some in (*few, _sparse, _quantized, _int8_scores):
+    for some in (*few, _sparse, _quantized, _quantized_experts, _int8_scores):
         yield from some(dtype)
 
 
@@ -500,6 +500,38 @@ def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator
         "quant_linear",
         "DiT-XL/2 2x64, 1152 to 3456, groups of 96",
         lambda: product(64, 1152, 3456, 12),
+    )
+
+
+def _quantized_experts(dtype: torch.dtype) -> Iterator[Case]:
+    """DiT-MoE-B/2 at 256 px: 2 of 8 experts for each of 2x256 tokens of 768."""
+
+    def call(tokens: int, slots: int, k: int, n: int, groups: int, **how: Any) -> Call:
+        x = ops.Quantized(torch.empty(tokens, k, dtype=torch.int8), torch.empty(tokens), dtype)
+        values, scale = torch.empty(8, n, k, dtype=torch.int8), torch.empty(8, n, groups)
+        more = {} if tokens == slots else {"index": torch.empty(slots, dtype=torch.int64)}
+        offsets = torch.empty(9, dtype=torch.int64)
+        return _call(x, ops.ExpertWeight(values, scale, 8), offsets, **more, **how)
+
+    yield Case(
+        "grouped_quant_linear",
+        "DiT-MoE-B/2 1024 rows, 768 to 2x3072, gathered, SwiGLU",
+        lambda: call(512, 1024, 768, 6144, 1, activation="swiglu"),
+    )
+    yield Case(
+        "grouped_quant_linear",
+        "DiT-MoE-B/2 8192 rows, 3072 to 768, bias",
+        lambda: call(8192, 8192, 3072, 768, 1, bias=torch.empty(8, 768, dtype=dtype)),
+    )
+    yield Case(
+        "grouped_quant_linear",
+        "DiT-MoE-B/2 1024 rows, 768 to 2x3072, groups of 64, SwiGLU",
+        lambda: call(512, 1024, 768, 6144, 12, activation="swiglu"),
+    )
+    yield Case(
+        "grouped_quant_linear",
+        "DiT-MoE-B/2 64 rows, 3072 to 768, GELU",
+        lambda: call(64, 64, 3072, 768, 1, activation="gelu"),
     )
 
 

@@ -64,6 +64,13 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(8, 1536, 384),
         new(9, dtype=torch.int64),
     ),
+    "grouped_quant_linear": lambda new: (
+        ops.Quantized(new(512, 384, dtype=torch.int8), new(512, dtype=torch.float32), new(0).dtype),
+        ops.ExpertWeight(
+            new(8, 1536, 384, dtype=torch.int8), new(8, 1536, 1, dtype=torch.float32), 8
+        ),
+        new(9, dtype=torch.int64),
+    ),
     "grouped_weight_grad": lambda new: (
         new(512, 1536),
         new(512, 384),

@@ -1,4 +1,6 @@
-r"""What the linear layers of a network compute in, and what their weights are stored in.
+r"""What the linear layers of a network compute in, and what their weights are stored in. The two
+weights of an ``nn.MoE`` (``blocks.0.moe.up``, ``.down``) and of an ``nn.SwiGLU`` are layers as
+well; routing stays in floats.
 
     int8      int8 products of tokens and weights, a scale a token and an output channel or group
     int4      weights of 4 bits, widened to int8 for the same products

@@ -62,6 +62,10 @@ def good(op):
         "grouped_linear": dict(
             x=x[0], weight=ones(2, 4, 8), offsets=index(3), bias=ones(2, 4), index=index(5)
         ),
+        "grouped_quant_linear": dict(
+            x=x[0], weight=ops.quantize_experts(ones(2, 4, 8), group=4), offsets=index(3),
+            bias=ones(2, 4), index=index(5), smooth=ones(8),
+        ),
         "grouped_weight_grad": dict(grad=ones(5, 4), x=x[0], offsets=index(3), index=index(5)),
         "layer_norm_modulate": dict(
             x=x, shift=torch.randn(2, 8), scale=torch.randn(2, 8), weight=ones(8), bias=ones(8)
@@ -138,8 +142,11 @@ FINE = {
     ("attention", "q_index", "last dimension + 1"): "any number of rows may be chosen",
     ("qk_norm_rope", "cos", "first dimension + 1"): "sin is what differs then, and is named",
     ("grouped_linear", "x", "first dimension + 1"): "more tokens, which the index picks from",
+    ("grouped_quant_linear", "x", "first dimension + 1"): "more tokens, which the index picks from",
     ("grouped_linear", "index", "first dimension + 1"): "any number of rows may be picked",
+    ("grouped_quant_linear", "index", "first dimension + 1"): "any number of rows may be picked",
     ("grouped_linear", "index", "last dimension + 1"): "any number of rows may be picked",
+    ("grouped_quant_linear", "index", "last dimension + 1"): "any number of rows may be picked",
     ("grouped_weight_grad", "grad", "last dimension + 1"): "a wider row, which no other has",
     ("grouped_weight_grad", "x", "first dimension + 1"): "more tokens, which the index picks from",
     ("grouped_weight_grad", "x", "last dimension + 1"): "a wider row, which no other has",
@@ -342,6 +349,10 @@ CALLS = dict(
     quant_attention=dict(q=q, k=q, v=q, scale=1.0),
     quant_linear=dict(q=one(2, 3, 8, dtype=torch.int8), s=one(2, 3),
                       values=one(4, 8, dtype=torch.int8), scale=one(4, 2), bias=one(4)),
+    grouped_quant_linear=dict(q=one(6, 8, dtype=torch.int8), s=one(6),
+                              values=one(2, 4, 8, dtype=torch.int8), scale=one(2, 4, 2),
+                              offsets=torch.tensor([0, 2, 5]), bias=one(2, 4),
+                              index=torch.zeros(5, dtype=long)),
     quantize=dict(x=x, smooth=one(8)),
     resample=dict(logw=one(2, 6), u=one(2).double()),
     sample_sums=dict(x=x, y=x),
@@ -429,6 +440,7 @@ VALID = {
     "group_norm_silu": {"x": "last_more last_less empty_last"},
     "quant_attention": {"v": "last_more last_less empty_last"},
     "quant_linear": {"scale": "last_less"},
+    "grouped_quant_linear": {"scale": "last_less", "index": "last_more first_more"},
     "quantize": {"x": "other_float more_dims first_more empty"},
     "resample": {"logw": "double last_more last_less", "u": "double"},
     "scale_shift": {"x": "other_float"},

@@ -66,7 +66,7 @@ def arguments(op, of):
 def each(values, do):
     """``do`` of every tensor, those within tuples of their own too."""
     for v in values:
-        if isinstance(v, ops.Quantized | ops.QuantWeight):
+        if isinstance(v, ops.Quantized | ops.QuantWeight | ops.ExpertWeight):
             yield type(v)(*each(v, do))
         else:
             yield do(v) if hasattr(v, "to") else v

@@ -126,6 +126,10 @@ def calls(dtype):
         for act in (None, "swiglu"):
             for weight in (w, turned):
                 yield "grouped_linear", (x, weight, routing.offsets), dict(more, activation=act)
+        for act, group in ((None, 1), ("swiglu", None), ("gelu", None)):
+            weight = ops.quantize_experts(torch.randn(e, n, k), group=group)
+            args = ops.quantize(x), weight, routing.offsets
+            yield "grouped_quant_linear", args, dict(more, activation=act)
         yield "grouped_weight_grad", (r(slots, n), x, routing.offsets), dict(index=index)
         for rank, ids in ((e, i(3, t)), (17, None)):
             count = 1 if ids is None else 2
@@ -150,7 +154,7 @@ def fence(value, at_end):
     if isinstance(value, ops.SparseIndex):
         crow, col = guard(value.crow, at_end), guard(value.col, at_end)
         return ops.SparseIndex(crow, col, value.shape, value.block)
-    if isinstance(value, (ops.Quantized, ops.QuantWeight)):
+    if isinstance(value, (ops.Quantized, ops.QuantWeight, ops.ExpertWeight)):
         return type(value)(*(fence(v, at_end) for v in value))
     return value
 

@@ -77,6 +77,7 @@ def test_every_kernel_compiles():
         "attention_kernel",
         "quant_attention_kernel",
         "quant_linear_kernel",
+        "grouped_quant_linear_kernel",
         *GROUPED,
     }
 

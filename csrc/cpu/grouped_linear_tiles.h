@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "grouped_linear.h"
 #include "vec.h"
 
 FASTDIFF_KERNEL_BEGIN
@@ -23,6 +24,32 @@ constexpr bool kPairs = true;  // bfloat16 is multiplied in pairs
 #else
 constexpr bool kPairs = false;
 #endif
+
+// Where the two vectors of a panel come from: columns n, `count` of them. With a gate both are the
+// same columns of the two halves.
+struct Columns {
+  int64_t n[2];
+  int count[2];
+  Columns(int64_t panel, int64_t out, bool gated) {
+    const int64_t half = out / 2;
+    for (int v = 0; v < 2; ++v) {
+      n[v] = gated ? panel * W + v * half : panel * kWide + v * W;
+      const int64_t left = gated ? half - panel * W : out - n[v];
+      count[v] = left < 0 ? 0 : left > W ? W : int(left);
+    }
+  }
+};
+
+template <int kActivation>
+FD_INLINE Vec activated(Vec u, Vec v) {
+  if constexpr (kActivation == kGroupedGelu) return vgelu(u);
+  if constexpr (kActivation == kGroupedGeluTanh) return vgelu_tanh(u);
+  if constexpr (kActivation == kGroupedSilu) return vsilu(u);
+  if constexpr (kActivation == kGroupedGeglu) return u * vgelu(v);
+  if constexpr (kActivation == kGroupedSwiglu) return vsilu(u) * v;
+  if constexpr (kActivation == kGroupedSwishglu) return u * vsilu(v);
+  return u;
+}
 
 // What a lane of a panel holds: a float, or two bfloat16 or four int8 that are neighbours along k.
 struct Floats {

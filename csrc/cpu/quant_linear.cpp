@@ -7,8 +7,6 @@
 namespace fastdiff {
 namespace {
 
-constexpr int64_t kMostColumns = 2147483647 / (127 * 127);  // of a group: int32 holds its sums
-
 at::Tensor quant_linear(const at::Tensor& q_in, const at::Tensor& s_in, const at::Tensor& values_in,
                         const at::Tensor& scale_in, const std::optional<at::Tensor>& bias_in,
                         std::optional<std::string> activation, at::ScalarType dtype) {
@@ -51,7 +49,7 @@ at::Tensor quant_linear(const at::Tensor& q_in, const at::Tensor& s_in, const at
   if (activation) {
     TORCH_CHECK(*activation == "gelu_tanh" || *activation == "silu", op, ": activation is ",
                 *activation, ", need gelu_tanh or silu");
-    args.activation = *activation == "silu" ? 2 : 1;
+    args.activation = *activation == "silu" ? kGroupedSilu : kGroupedGeluTanh;
   }
   const at::Tensor q = q_in.contiguous(), s = s_in.contiguous();
   const at::Tensor values = values_in.contiguous(), scale = scale_in.contiguous();

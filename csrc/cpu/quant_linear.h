@@ -1,18 +1,21 @@
 #pragma once
-#include "level.h"
+#include "grouped_linear.h"
 
 namespace fastdiff {
+constexpr int64_t kMostColumns = 2147483647 / (127 * 127);  // of a group: int32 holds its sums
+
 // As fastdiff/ops/quant_linear.py defines them; all contiguous.
 struct QuantLinearArgs {
-  const int8_t* q;       // [M, K]
-  const float* s;        // [M]
+  const int8_t* q;       // [M, K], or any rows with index
+  const float* s;        // a scale for each of them
   const int8_t* values;  // [N, K]
   const float* scale;    // [N, G]
   const void* bias;      // [N], or null
-  void* y;               // [M, N]
+  void* y;               // [M, N], or [M, N / 2] with a gate
   int64_t M, N, K, G;    // G divides K; 0 where K is 0
-  int activation;        // 0 none, 1 GELU (tanh form), 2 SiLU
+  int activation;        // kGrouped...
   Dtype dtype;           // of bias and y
+  const int64_t* index;  // [M], or null: row i is q[i]
 };
 }  // namespace fastdiff
 FASTDIFF_DECLARE_KERNEL(quant_linear, QuantLinearArgs)

@@ -74,10 +74,7 @@ class ExpertParallel(nn.Module):
         kind = kind.repeat_interleave(theirs.flatten(), output_size=sum(receive))
         order = torch.sort(kind, stable=True).indices
         offsets = torch.cat([theirs.new_zeros(1), theirs.sum(0).cumsum(0)])
-        h = ops.grouped_linear(
-            rows, moe.up, offsets, bias=moe.up_bias, index=order, activation=moe.activation
-        )
-        y = ops.grouped_linear(h, moe.down, offsets, bias=moe.down_bias)
+        y = moe.layer("down", moe.layer("up", rows, offsets, order), offsets)
         back = self._exchange(y[torch.argsort(order)], receive, send)
         out = ops.moe_combine(back, routing.weights, routing.position).view(x.shape)
         return out if moe.shared is None else out + moe.shared(x)

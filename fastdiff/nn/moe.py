@@ -193,18 +193,29 @@ class MoE(nn.Module):
         """The experts' own."""
         return Weights(self.up, self.down, self.up_bias, self.down_bias)
 
+    def layer(
+        self,
+        which: str,
+        x: Tensor,
+        offsets: Tensor,
+        index: Tensor | None = None,
+        weights: Weights | None = None,
+    ) -> Tensor:
+        """The experts' first ("up", with its activation) or second layer ("down") over rows as
+        ``ops.grouped_linear`` takes them; of ``weights`` in place of the layer's own."""
+        own = self.weights() if weights is None else weights
+        first = which == "up"
+        weight, bias = (own.up, own.up_bias) if first else (own.down, own.down_bias)
+        return ops.grouped_linear(
+            x, weight.to(x.dtype), offsets, bias=None if bias is None else bias.to(x.dtype),
+            index=index, activation=self.activation if first else None,
+        )  # fmt: skip
+
     def experts_of(self, x: Tensor, routing: ops.Routing, weights: Weights | None = None) -> Tensor:
         """``[T, C]``: what the experts of a routing give for tokens ``[T, C]``. ``weights`` of as
         many experts as the routing has offsets for, in place of the layer's own."""
-        x = _autocast(x)
-        own = self.weights() if weights is None else weights
-        biases = (t if t is None else t.to(x.dtype) for t in own[2:])
-        w = Weights(own.up.to(x.dtype), own.down.to(x.dtype), *biases)
-        h = ops.grouped_linear(
-            x, w.up, routing.offsets, bias=w.up_bias, index=routing.tokens,
-            activation=self.activation,
-        )  # fmt: skip
-        y = ops.grouped_linear(h, w.down, routing.offsets, bias=w.down_bias)
+        h = self.layer("up", _autocast(x), routing.offsets, routing.tokens, weights)
+        y = self.layer("down", h, routing.offsets, weights=weights)
         return ops.moe_combine(y, routing.weights, routing.position)
 
     def forward(

@@ -8,6 +8,12 @@ from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.grouped_linear import grouped_linear, grouped_weight_grad
+from fastdiff.ops.grouped_quant_linear import (
+    ExpertWeight,
+    dequantize_experts,
+    grouped_quant_linear,
+    quantize_experts,
+)
 from fastdiff.ops.layer_norm_modulate import (
     gate_residual,
     gate_residual_norm_modulate,
@@ -43,6 +49,7 @@ from fastdiff.ops.sparse_grad import (
 from fastdiff.ops.tokens import gather_tokens, scatter_tokens, update_tokens_
 
 __all__ = [
+    "ExpertWeight",
     "GroupBias",
     "Noise",
     "QuantWeight",
@@ -54,6 +61,7 @@ __all__ = [
     "attention",
     "axial_rope",
     "conv3x3",
+    "dequantize_experts",
     "dequantize_weight",
     "fused_step",
     "gate_residual",
@@ -65,6 +73,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm_modulate",
     "grouped_linear",
+    "grouped_quant_linear",
     "grouped_weight_grad",
     "linear",
     "load_balance_loss",
@@ -77,6 +86,7 @@ __all__ = [
     "quant_attention",
     "quant_linear",
     "quantize",
+    "quantize_experts",
     "quantize_weight",
     "resample",
     "rope_table",

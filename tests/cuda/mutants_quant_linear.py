@@ -1,4 +1,4 @@
-"""One-line faults of csrc/cuda/quant_linear.cu, or of tiles.h, that
+"""One-line faults of csrc/cuda/quant_linear.cu and of its headers, that
 tests/cuda/test_quant_linear.py must find.
 
 A fault is (name, text that occurs once in the file, text in its place).
@@ -8,18 +8,22 @@ MUTANTS = [
     ("a row's end is not looked at", "row && k + i < end ? row[k + i] : 0", "row ? row[k + i] : 0"),
     (
         "groups run into each other",
-        "if (groups && k >= end) k = end, end += size;",
-        "if (groups && k >= end) end += size;",
+        "if (groups && k >= stop) k = stop, stop += size;",
+        "if (groups && k >= stop) stop += size;",
     ),
-    ("a group's end is forgotten", "k = end, end += size;", "k = end, end += 2 * size;"),
-    ("the first group's scale for all", "a.scale[of * G + g]", "a.scale[of * G]"),
+    ("a group's end is forgotten", "k = stop, stop += size;", "k = stop, stop += 2 * size;"),
+    ("the first group's scale for all", "a.scale[n_of(i) * G + g]", "a.scale[n_of(i) * G]"),
     ("groups' sums are not begun anew", "          sum[m][n][e] = 0;\n", ""),
     (
         "scales of the neighbouring column",
-        "column + 8 * n + e % 2;",
-        "column + 8 * n + (e + 1) % 2;",
+        "own + 8 * n + e % 2;",
+        "own + 8 * n + (e + 1) % 2;",
     ),
-    ("scales past the last column", "of < N ? a.scale[of * G + g] : 0.0f", "a.scale[of * G + g]"),
+    (
+        "scales past the last column",
+        "column(i) < out ? a.scale[n_of(i) * G + g] : 0.0f",
+        "a.scale[n_of(i) * G + g]",
+    ),
     (
         "a group's last slice is not waited for",
         "++part < per) return;",
@@ -28,14 +32,14 @@ MUTANTS = [
     ("no slice for a tail", "(size + kBytes - 1) / kBytes", "size / kBytes"),
     (
         "a token's scale is that of its tile",
-        "const float s = a.s[m];",
+        "const float s = at >= 0 ? a.s[at] : 0.0f;",
         "const float s = a.s[first];",
     ),
-    ("rows past the last are written", "if (m >= M) return;", ""),
+    ("rows past the last are written", "if (m >= end) return;", ""),
     (
         "bias is scaled",
-        "fmaf(s, x, inside && bias ? gpu::to_float(bias[n + j]) : 0.0f)",
-        "s * (x + (inside && bias ? gpu::to_float(bias[n + j]) : 0.0f))",
+        "fmaf(s, x, inside && bias ? gpu::to_float(bias[of]) : 0.0f)",
+        "s * (x + (inside && bias ? gpu::to_float(bias[of]) : 0.0f))",
     ),
     ("bias past the last column", "inside && bias ? gpu", "bias ? gpu"),
     ("no columns, and a scale is read", "inside && G ? u[j]", "inside ? u[j]"),
@@ -44,8 +48,12 @@ MUTANTS = [
     ("groups that are not aligned are taken for it", " && (!groups || a.K / a.G % 16 == 0)", ""),
     ("rows of K that are not aligned are taken for it", "a.K % 16 == 0 && ", ""),
     ("the upper half of a slice twice", "16 * part, end,", "16 * (part % 2), end,"),
-    ("rows past the last are read", "q[j] = m < M ?", "q[j] = m <= M ?"),
-    ("weights past the last are read", "w[j] = n < N ?", "w[j] = n <= N ?"),
+    (
+        "rows past the last are read",
+        "if (m >= end) return int64_t(-1);",
+        "if (m > end) return int64_t(-1);",
+    ),
+    ("weights past the last are read", "column(i) < out ? reinter", "column(i) <= out ? reinter"),
     ("no wait for a slice", "    gpu::cp_async_wait<kStages - 2>();\n", ""),
     (
         "halves of a product change places",

@@ -61,6 +61,8 @@ try:
         index = ops.SparseIndex.of_mask(torch.ones(8, 8, dtype=torch.bool).tril())
         ops.sparse_weight_grad(rows, rows, index, impl="native")
         ops.quant_linear(x, ops.quantize_weight(torch.ones(8, 64)), impl="native")
+        experts = ops.quantize_experts(torch.ones(2, 8, 64))
+        ops.grouped_quant_linear(x[0], experts, torch.tensor([0, 2, 8]), impl="native")
         four = [torch.zeros(4) for _ in range(5)]
         how = dict(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
         ops.sparse_adamw_(*four, torch.arange(4), **how, impl="native")

@@ -16,7 +16,7 @@ from fastdiff.testing import load_file
 
 HERE, CUDA = Path(__file__).parent, testing_simt.CSRC / "cuda"
 OPS = sorted(p.stem.removeprefix("mutants_") for p in HERE.glob("mutants_*.py"))
-HEADERS = ("gpu.h", "softmax.h", "tiles.h")
+HEADERS = ("gpu.h", "tiles.h", "group_tiles.h", "quant_tiles.h", "softmax.h")
 BUILDS = {"plain": ("-O1",), **testing_simt.SANITIZERS}
 ORDER = ("plain", "thread", "address")  # cheapest first
 pytestmark = pytest.mark.slow
