@@ -219,7 +219,11 @@ class QuantForward:
         of a run whose error is looked at."""
         run = current()
         looked_at = run is None or run.static or self.released or self._probed is run
-        return looked_at and self.stored.plain and self._now(x)
+        return looked_at and self.stored.plain and not self._stale() and self._now(x)
+
+    def _stale(self) -> bool:
+        """The weight was trained, merged or swapped since it was stored."""
+        return not self.released and _version(self._module.weight) != self._version
 
     def activated(self, x: Tensor | Quantized, activation: str | None) -> Tensor:
         """``act(forward(x))``, for callers that would read the weight of a layer in floats."""
@@ -252,9 +256,7 @@ class QuantForward:
         run = current()
         start = time.perf_counter()
         module: Any = self._module
-        if (
-            not self.released and _version(module.weight) != self._version
-        ):  # trained, merged or swapped since
+        if self._stale():
             self.stored = Stored.of(self.name, module.weight, self.format, self.policy)
             self._version = _version(module.weight)
         bias = module.bias
