@@ -395,7 +395,7 @@ def listen(
     """``tell(name, x)`` of every input of ``expert_weights`` from here on."""
 
     def hear(name: str, module: Any) -> None:
-        plain = module.layer if isinstance(module, MoE) else module.forward
+        plain: Any = module.layer if isinstance(module, MoE) else module.forward
 
         def layer(which: str, x: Tensor, offsets: Tensor, *more: Any, **rest: Any) -> Tensor:
             own = "index" in rest or any(isinstance(m, Tensor) for m in more)
@@ -431,7 +431,8 @@ class QuantExperts(QuantForward):
         policy: Precision,
         stored: Stored | None = None,
     ):
-        self._plain_layer = module.owner.layer
+        owner: Any = module.owner
+        self._plain_layer: Any = owner.layer
         stored = stored or Stored.of(name, module.weight.flatten(0, 1), format, policy)
         super().__init__(name, module, format, policy, stored)
         self.experts = len(module.weight)
@@ -467,7 +468,8 @@ class QuantExperts(QuantForward):
         self, x: Tensor, offsets: Tensor, index: Tensor | None, activation: str | None
     ) -> Tensor:
         stored, lead = self.stored, (self.experts, -1)
-        tensors, how = stored.tensors, {"bias": self._bias(x), "index": index}
+        tensors = stored.tensors
+        how: dict[str, Any] = {"bias": self._bias(x), "index": index}
         if stored.format == "bfloat16":
             weight = tensors["weight"].to(x.dtype).unflatten(0, lead)
             return ops.grouped_linear(x, weight, offsets, **how, activation=activation)
