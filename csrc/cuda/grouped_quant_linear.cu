@@ -48,7 +48,7 @@ int launch(const GroupedQuantLinearArgs& a, cudaStream_t stream) {
 template <class T>
 int launch(const GroupedQuantLinearArgs& a, cudaStream_t stream) {
   const QuantLinearArgs& all = a.all;
-  if (a.R > kMost || all.N > kMost || all.K > kMost || a.E > kMost / all.N ||
+  if (a.R > kMost || a.T > kMost || all.N > kMost || all.K > kMost || a.E > kMost / all.N ||
       all.G > kMost / (a.E * all.N))
     return kInvalidConfiguration;
   if (all.G > 1) return launch<T, 64, true>(a, stream);

@@ -25,15 +25,18 @@ __device__ __forceinline__ void copy16(Pair* to, const signed char* row, int k, 
   *reinterpret_cast<gpu::Eight<Pair>*>(to) = pack;
 }
 
-// A slice from column `first` on: row[j] is where row threadIdx.x / 4 + 64 j begins, or null.
+// A slice from column `first` on of `from` [..., K]: row[j] is row threadIdx.x / 4 + 64 j of it, or
+// -1. (Pointers would be twice the registers.)
 template <int size>
-__device__ __forceinline__ void copy_slice(Pair* to, const signed char* const (&row)[size / 64],
-                                           int first, int end, bool aligned) {
+__device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int (&row)[size / 64],
+                                           int K, int first, int end, bool aligned) {
   const int i = int(threadIdx.x) / 4, part = int(threadIdx.x) % 4;
 #pragma unroll
-  for (int j = 0; j < size / 64; ++j)
-    copy16(to + (i + 64 * j) * Slice<false, size>::pitch + 8 * part, row[j], first + 16 * part, end,
-           aligned);
+  for (int j = 0; j < size / 64; ++j) {
+    const signed char* at = static_cast<const signed char*>(from) + int64_t(row[j]) * K;
+    copy16(to + (i + 64 * j) * Slice<false, size>::pitch + 8 * part, row[j] < 0 ? nullptr : at,
+           first + 16 * part, end, aligned);
+  }
 }
 
 // The tile of y of rows `first` on, before `end`, and columns `left` on. q has `given` rows.
@@ -53,31 +56,27 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
   const auto n_of = [&](int i) { return base + column(i) + (gated && (i & 8) != 0 ? out : 0); };
   // The row of q for row m, or -1.
   const auto token = [&](int m) {
-    if (m >= end) return int64_t(-1);
+    if (m >= end) return -1;
     const int64_t at = grouped && a.index ? a.index[m] : m;
-    return at >= 0 && at < given ? at : -1;
+    return at >= 0 && at < given ? int(at) : -1;
   };
   const int size = groups ? K / G : K;
   const int per = (size + kBytes - 1) / kBytes, steps = groups ? per * G : per;
 
-  const signed char *q[rows / 64], *w[kColumns / 64];
+  int q[rows / 64], w[kColumns / 64];
 #pragma unroll
-  for (int j = 0; j < rows / 64; ++j) {
-    const int64_t at = token(first + thread / 4 + 64 * j);
-    q[j] = at >= 0 ? reinterpret_cast<const signed char*>(a.q) + at * a.K : nullptr;
-  }
+  for (int j = 0; j < rows / 64; ++j) q[j] = token(first + thread / 4 + 64 * j);
 #pragma unroll
   for (int j = 0; j < kColumns / 64; ++j) {
     const int i = thread / 4 + 64 * j;
-    w[j] = column(i) < out ? reinterpret_cast<const signed char*>(a.values) + int64_t(n_of(i)) * a.K
-                           : nullptr;
+    w[j] = column(i) < out ? n_of(i) : -1;
   }
   int sum[2][Own::blocks][4] = {};
   float total[2][Own::blocks][4] = {};
   int k = 0, stop = size, part = 0, g = 0;  // of the next slice; slices multiplied, and the group
   const auto copy = [&](int, Pair* to_q, Pair* to_w) {
-    copy_slice<rows>(to_q, q, k, stop, k_aligned);
-    copy_slice<kColumns>(to_w, w, k, stop, k_aligned);
+    copy_slice<rows>(to_q, a.q, q, K, k, stop, k_aligned);
+    copy_slice<kColumns>(to_w, a.values, w, K, k, stop, k_aligned);
     k += kBytes;
     if (groups && k >= stop) k = stop, stop += size;
   };
@@ -111,7 +110,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
   take<Own>(total, shared, gated ? 16 : 8, [&](int row, int i, const float* u) {
     const int m = first + row, n = column(i);
     if (m >= end) return;
-    const int64_t at = token(m);
+    const int at = token(m);
     const float s = at >= 0 ? a.s[at] : 0.0f;
     const auto scaled = [&](int j, int of) {  // sum j of the piece, which is weight row `of`
       const bool inside = n + j % 8 < out;
