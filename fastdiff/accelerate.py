@@ -15,14 +15,8 @@ from fastdiff.dispatch import record
 from fastdiff.engine.patch import Patch, forward_of
 from fastdiff.engine.prior_noise import inject
 from fastdiff.engine.programs import Programs
-from fastdiff.engine.quant_layers import (
-    Given,
-    QuantForward,
-    QuantScores,
-    layer_lines,
-    quantize_layers,
-    quantize_scores,
-)
+from fastdiff.engine.quant_forward import QuantForward, QuantScores
+from fastdiff.engine.quant_layers import Given, layer_lines, quantize_layers, quantize_scores
 from fastdiff.engine.request import Request, current
 from fastdiff.engine.view import BlockView
 from fastdiff.engine.weights import Watch

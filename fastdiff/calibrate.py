@@ -15,7 +15,8 @@ from fastdiff.cache._check import number, whole
 from fastdiff.cache.broadcast import KINDS
 from fastdiff.engine.history import History
 from fastdiff.engine.patch import Patch
-from fastdiff.engine.quant_layers import layers_of, listen
+from fastdiff.engine.quant_experts import listen
+from fastdiff.engine.quant_layers import layers_of
 from fastdiff.engine.request import Request
 from fastdiff.precision import Precision
 

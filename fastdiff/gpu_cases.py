@@ -97,32 +97,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         "SD 1.5 2x320x64x64, channels last",
         lambda: _call(t(*image).to(memory_format=torch.channels_last), 32, t(320), t(320)),
     )
-    yield Case(
-        "layer_norm_modulate",
-        "DiT-XL/2 2x1024x1152",
-        lambda: _call(t(*tokens), t(*vector), t(*vector)),
-    )
-    yield Case(
-        "layer_norm_modulate",
-        "Flux 1x4608x3072",
-        lambda: _call(t(1, 4608, 3072), t(1, 3072), t(1, 3072)),
-    )
-    yield Case(
-        "gate_residual", "DiT-XL/2 2x1024x1152", lambda: _call(t(*tokens), t(*tokens), t(*vector))
-    )
-    yield Case(
-        "gate_residual_norm_modulate",
-        "DiT-XL/2 2x1024x1152",
-        lambda: _call(t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector)),
-    )
-    yield Case(
-        "gate_residual_norm_quantize",
-        "DiT-XL/2 2x1024x1152",
-        lambda: _call(
-            t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector),
-            smooth=torch.empty(1152),
-        ),
-    )  # fmt: skip
+    yield from _norms(dtype)
     quarter = (2, 256, 1152)
     yield Case(
         "gather_tokens",
@@ -171,6 +146,39 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     few = _steps, _adapters, _low_rank, _aggregations, _small_experts, _experts
     for some in (*few, _sparse, _quantized, _quantized_experts, _int8_scores):
         yield from some(dtype)
+
+
+def _norms(dtype: torch.dtype) -> Iterator[Case]:
+    def t(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    tokens, vector = (2, 1024, 1152), (2, 1152)
+    yield Case(
+        "layer_norm_modulate",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(t(*tokens), t(*vector), t(*vector)),
+    )
+    yield Case(
+        "layer_norm_modulate",
+        "Flux 1x4608x3072",
+        lambda: _call(t(1, 4608, 3072), t(1, 3072), t(1, 3072)),
+    )
+    yield Case(
+        "gate_residual", "DiT-XL/2 2x1024x1152", lambda: _call(t(*tokens), t(*tokens), t(*vector))
+    )
+    yield Case(
+        "gate_residual_norm_modulate",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector)),
+    )
+    yield Case(
+        "gate_residual_norm_quantize",
+        "DiT-XL/2 2x1024x1152",
+        lambda: _call(
+            t(*tokens), t(*tokens), t(*vector), t(*vector), t(*vector),
+            smooth=torch.empty(1152),
+        ),
+    )  # fmt: skip
 
 
 def _steps(dtype: torch.dtype) -> Iterator[Case]:

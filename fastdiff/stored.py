@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastdiff.accelerate import acceleration_of
-from fastdiff.engine.quant_layers import Given, QuantForward, Stored
+from fastdiff.engine.quant_forward import QuantForward, Stored
+from fastdiff.engine.quant_layers import Given
 from fastdiff.ops.quantize import check_weight
 from fastdiff.precision import Precision
 
