@@ -92,6 +92,9 @@ class Stored:
         """``act(x W^T + bias)``; ``x`` may be int8 already where the weight is ``plain``."""
         if isinstance(x, Quantized):
             return ops.quant_linear(x, self.quant, bias, activation=activation)
+        return self._of_floats(x, bias, activation)
+
+    def _of_floats(self, x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         if self.format == "bfloat16":
             return ops.linear(x, self.tensors["weight"].to(x.dtype), bias, activation=activation)
         rotation, down = self.tensors.get("rotation"), self.tensors.get("down")

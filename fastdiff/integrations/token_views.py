@@ -104,7 +104,7 @@ def _dit(network: DiT, policy: RegionAdaptive, patch: Patch, first: int, always:
     layers_of_all, unpatchify_all, p = network.layers, network.unpatchify, network.patch_size
     attend = network.attention
 
-    def attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def attention(block: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend(block, q, *keys_values(block, k, v))
 
     def layers(h: Tensor, normed: Tensor, mods: list[Tensor], start: int, stop: int) -> Any:

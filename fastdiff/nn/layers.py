@@ -159,10 +159,10 @@ def gate_norm_modulate(
     shift: Tensor,
     scale: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor | Quantized]:
+) -> tuple[Tensor, Any]:
     """``ops.gate_residual_norm_modulate``, whose second output is int8 where ``reader``, the one
     layer that reads it (or None), multiplies int8."""
-    own = None if reader is None or heard(reader) else reader.__dict__.get("forward")
+    own: Any = None if reader is None or heard(reader) else reader.__dict__.get("forward")
     takes = getattr(own, "takes_tokens", None)
     if takes is None or not takes(x):
         return ops.gate_residual_norm_modulate(x, update, gate, shift, scale, eps=eps)

@@ -204,7 +204,8 @@ def row_args(
     op = "grouped_quant_linear"
     if isinstance(x, Tensor):
         tokens = token_args(x, smooth=smooth, op=op)
-        x = Quantized(*pick("quantize", TOKENS, None, *tokens)(*tokens), x.dtype)
+        integers, scales = pick("quantize", TOKENS, None, *tokens)(*tokens)
+        x = Quantized(integers, scales, x.dtype)
     elif not isinstance(x, Quantized):
         raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")
     elif smooth is not None:

@@ -114,7 +114,8 @@ def row_args(
         of_weight = getattr(getattr(weight, "values", None), "dtype", None)
         of_tokens = FLOAT8 if of_weight == FLOAT8 else torch.int8
         tokens = token_args(x, smooth=smooth, dtype=of_tokens, op=op)
-        x = Quantized(*pick("quantize", TOKENS, None, *tokens)(*tokens), x.dtype)
+        integers, scales = pick("quantize", TOKENS, None, *tokens)(*tokens)
+        x = Quantized(integers, scales, x.dtype)
     elif not isinstance(x, Quantized):
         raise ValueError(f"{op}: x is {type(x).__name__}, need a tensor, or Quantized of quantize")
     elif smooth is not None:

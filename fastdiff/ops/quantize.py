@@ -194,7 +194,8 @@ def quantize(
         NoImpl: the forced row refuses, or a gradient is asked for; the message says why.
     """
     args = row_args(x, smooth=smooth, activation=activation, dtype=dtype)
-    return Quantized(*pick("quantize", IMPLS, impl, *args)(*args), x.dtype)
+    values, scale = pick("quantize", IMPLS, impl, *args)(*args)
+    return Quantized(values, scale, x.dtype)
 
 
 def _holds(condition: Tensor) -> bool:
