@@ -64,6 +64,9 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
   // x [...,K]; smooth [K] float32; activation gelu_tanh or silu -> int8 [...,K], float32 [...]
   m.def("quantize(Tensor x, Tensor? smooth, str? activation) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_patches(Tensor x, int size, int stride, int padding, bool upsample) -> (Tensor, "
+      "Tensor)");
   // q [...,K], values [N,K] int8; s [...], scale [N,G] float32; bias [N] of dtype -> [...,N]
   m.def(
       "quant_linear(Tensor q, Tensor s, Tensor values, Tensor scale, Tensor? bias, str? "

@@ -144,7 +144,7 @@ def layer_errors(target: Any, run: Callable[[], Any], precision: Precision) -> d
         run()
         acceleration = acceleration_of(target)
         assert acceleration is not None
-        found = {name: layer.error() for name, layer in acceleration.layers.items()}
+        found = {layer.name: layer.error() for layer in acceleration.layers.values()}
     errors = {name: error for name, error in found.items() if error is not None}
     if not errors:
         raise ValueError(
@@ -159,6 +159,49 @@ def sensitive(errors: dict[str, float], share: float) -> tuple[tuple[str, str], 
     those of the largest errors, stays in floats."""
     count = round(share * len(errors))
     return tuple((name, "float") for name in sorted(errors, key=lambda n: -errors[n])[:count])
+
+
+def slower(
+    target: Any, run: Callable[[], Any], precision: Precision
+) -> tuple[tuple[str, str], ...]:
+    """``layers`` of a :class:`~fastdiff.precision.Precision` in which the linear layers and
+    convolutions whose format takes longer than floats, on this machine, stay in floats.
+
+    Each is timed both ways on the first input that it has in a run.
+
+    Args:
+        target: a pipeline or network, not accelerated.
+        run: ``run()`` calls the pipeline, or ``fastdiff.sample`` with the network.
+
+    Raises:
+        ValueError: ``run`` made no run of ``target`` in which a layer was in another format.
+    """
+    took: dict[str, tuple[float, float]] = {}
+    hooks = []
+    with accelerated(target, precision=precision, exact=False):
+        acceleration = acceleration_of(target)
+        assert acceleration is not None
+        for own in acceleration.layers.values():
+            if not isinstance(own.module, torch.nn.Module):
+                continue  # the weight of experts
+
+            def look(_: Any, args: tuple[Any, ...], own: Any = own) -> None:
+                if own.name not in took and args[0].numel():
+                    took[own.name] = own.both(args[0])
+
+            hooks.append(own.module.register_forward_pre_hook(look))
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if not took:
+        raise ValueError(
+            "slower: run made no run of target in which a layer was in another format; need a "
+            "call of the pipeline, or of fastdiff.sample with the network"
+        )
+    return tuple((name, "float") for name, (floats, own) in took.items() if own > floats)
 
 
 def magnitude_ratios(target: Any, run: Callable[[], Any]) -> tuple[float, ...]:

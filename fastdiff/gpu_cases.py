@@ -489,6 +489,8 @@ def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator
         lambda: tokens(1024, 4608, activation="gelu_tanh", smooth=torch.empty(4608)),
     )
     yield Case("quantize", "DiT-S/2 2x256x384", lambda: tokens(256, 384, smooth=torch.empty(384)))
+    if values == torch.int8:
+        yield from _patches(dtype)
     yield Case(
         "quant_linear",
         "DiT-XL/2 2x1024, 1152 to 4608, gelu_tanh",
@@ -509,6 +511,25 @@ def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator
         "DiT-XL/2 2x64, 1152 to 3456, groups of 96",
         lambda: product(64, 1152, 3456, 12),
     )
+
+
+def _patches(dtype: torch.dtype) -> Iterator[Case]:
+    """Convolutions of Stable Diffusion's U-Net at 512 px."""
+
+    def call(*shape: int, **how: Any) -> Call:
+        x = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return _call(x, 3, padding=1, **how)
+
+    yield Case("quantize_patches", "SD 1.5 2x320x64x64", lambda: call(2, 320, 64, 64))
+    yield Case(
+        "quantize_patches", "SD 1.5 2x640x32x32, stride 2", lambda: call(2, 640, 32, 32, stride=2)
+    )
+    yield Case(
+        "quantize_patches",
+        "SD 1.5 2x1280x16x16, doubled",
+        lambda: call(2, 1280, 16, 16, upsample=True),
+    )
+    yield Case("quantize_patches", "SD 1.5 2x4x64x64", lambda: call(2, 4, 64, 64))
 
 
 def _quantized_experts(dtype: torch.dtype) -> Iterator[Case]:

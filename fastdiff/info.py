@@ -103,6 +103,7 @@ CALLS: dict[str, Callable[[New], tuple[Any, ...]]] = {
         new(1536),
     ),
     "quantize": lambda new: (new(2, 256, 384),),
+    "quantize_patches": lambda new: (new(2, 320, 16, 16), 3),
     "resample": lambda new: (new(4, 64, dtype=torch.float32), new(4, dtype=torch.float64)),
     "sample_sums": lambda new: (new(2, 4, 64, 64),),
     "scale_shift": lambda new: (new(2, 256, 384), new(384), new(384)),

@@ -1,6 +1,7 @@
 r"""What the linear layers of a network compute in, and what their weights are stored in. The two
 weights of an ``nn.MoE`` (``blocks.0.moe.up``, ``.down``) and of an ``nn.SwiGLU`` are layers as
-well; routing stays in floats.
+well; routing stays in floats. Convolutions of one pixel are linear layers over pixels; those of
+more are layers where ``convolutions`` says so, their patches (``ops.quantize_patches``) the tokens.
 
     int8      int8 products of tokens and weights, a scale a token and an output channel or group
     int4      weights of 4 bits, widened to int8 for the same products
@@ -26,9 +27,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 FORMATS = ("int8", "int4", "bfloat16", "float")
+CONVOLUTIONS = ("none", "pointwise", "all")
 # Few rows, or what all tokens hang on: they cost little and show in every pixel.
 # Over a prompt's tokens (attn2 of diffusers) there are few scores.
-KEEP = ("*embed*", "*final_layer*", "*norm_out*", "proj_out*", "time_text*", "*.attn2")
+KEEP = (
+    "*embed*", "*final_layer*", "*norm_out*", "proj_out*", "time_text*", "*.attn2", "conv_in",
+    "conv_out",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class Precision:
         rank: of the correction in floats; 0: none.
         rotate: channels of a rotated block, a power of 2; 0: none. Layers whose inputs it does not
             divide are not rotated.
+        convolutions: which of them are layers: "pointwise", "all" or "none". Those of more than one
+            pixel have no ``smooth``, ``rank`` or ``rotate``. Whether integers pay for them depends
+            on the processor: float32 has Winograd's form (:func:`fastdiff.calibrate.slower`).
         attention: "int8" or "float": scores of the attentions that have no mask; patterns of
             ``layers`` (with "float") and ``keep`` match their names too.
 
@@ -67,6 +75,7 @@ class Precision:
     maxima: Sequence[tuple[str, Sequence[float]]] = ()
     rank: int = 0
     rotate: int = 0
+    convolutions: str = "pointwise"
     attention: str = "float"
 
     def __post_init__(self) -> None:
@@ -85,6 +94,11 @@ class Precision:
                 )
         if self.attention not in ("float", "int8"):
             raise ValueError(f"Precision: attention is {self.attention!r}, need 'float' or 'int8'")
+        if self.convolutions not in CONVOLUTIONS:
+            raise ValueError(
+                f"Precision: convolutions is {self.convolutions!r}, need one of "
+                f"{', '.join(CONVOLUTIONS)}"
+            )
         for name in ("least", "first", "last", "rank", "rotate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -21,7 +21,7 @@ from fastdiff.cache import (
     GuidanceReuse,
     MagnitudeRatio,
 )
-from fastdiff.calibrate import magnitude_ratios
+from fastdiff.calibrate import magnitude_ratios, slower
 from fastdiff.integrations import unet_views
 from fastdiff.precision import Precision
 from fastdiff.tokens import RegionAdaptive
@@ -46,6 +46,7 @@ def candidates(network: nn.Module, ratios: Sequence[float] = ()) -> list[Any]:
         every += [DeepCache(n, order=1) for n in (2, 3)]
         every += [EncoderPropagation(n) for n in (2, 3)]
         every += [Precision(), Precision(attention="int8"), [DeepCache(2), Precision()]]
+        every += [Precision(convolutions="all")]
         return [*every, [DeepCache(2), Broadcast()], [DeepCache(3), GuidanceReuse()]]
     every += [Forecast(n, order) for order in (0, 1, 2) for n in (2, 3, 4, 6)]
     every += [FirstBlock(t) for t in (0.05, 0.1, 0.2)]
@@ -200,9 +201,20 @@ def _defaults(target: Any, calibrate: Sequence[Any], call: Call, steps: int) -> 
     else:
         network = target
     ratios: tuple[float, ...] = ()
+    if not calibrate:
+        return candidates(network, ratios)
+
+    def run() -> Tensor:
+        return call(calibrate[0], steps)
+
     try:
-        if calibrate:
-            ratios = magnitude_ratios(target, lambda: call(calibrate[0], steps))
+        ratios = magnitude_ratios(target, run)
     except ValueError:
         pass  # a network without residuals to measure, or a run of one step: no MagnitudeRatio
-    return candidates(network, ratios)
+    found = candidates(network, ratios)
+    try:
+        # Where floats are faster on this machine, as Winograd's are with no int8 instructions.
+        floats = slower(target, run, Precision(convolutions="all"))
+    except ValueError:
+        return found  # no layer is large enough
+    return [*found, Precision(layers=floats, convolutions="all")] if floats else found

@@ -87,6 +87,7 @@ def good(op):
             x=x, weight=ops.quantize_weight(ones(4, 8), group=4), bias=ones(4), smooth=ones(8)
         ),
         "quantize": dict(x=x, smooth=ones(8)),
+        "quantize_patches": dict(x=q, size=3),
         "resample": dict(logw=ones(2, 6), u=ones(2).double() / 2),
         "sample_sums": dict(x=x, y=x, kind="product"),
         "scale_shift": dict(x=x, scale=ones(3, 8), shift=ones(3, 8), index=index(2)),
@@ -136,6 +137,9 @@ FINE = {
     ("quant_linear", "x", "first dimension + 1"): "a larger batch, which no other argument has",
     ("quantize", "x", "one dimension more"): "any number of leading dimensions",
     ("quantize", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("quantize_patches", "x", "another device"): "there is no other tensor",
+    ("quantize_patches", "x", "first dimension + 1"): "a larger batch, which no other argument has",
+    ("quantize_patches", "x", "last dimension + 1"): "a wider picture, which no other has",
     ("group_norm_silu", "x", "last dimension + 1"): "a wider picture, which no other argument has",
     ("gather_tokens", "x", "last dimension + 1"): "a wider row, which no other argument has",
     ("gather_tokens", "index", "last dimension + 1"): "any number of rows may be chosen",
@@ -354,6 +358,7 @@ CALLS = dict(
                               offsets=torch.tensor([0, 2, 5]), bias=one(2, 4),
                               index=torch.zeros(5, dtype=long)),
     quantize=dict(x=x, smooth=one(8)),
+    quantize_patches=dict(x=q),
     resample=dict(logw=one(2, 6), u=one(2).double()),
     sample_sums=dict(x=x, y=x),
     scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
@@ -388,7 +393,7 @@ SPOIL = dict(
 FLAGS = dict(eps=1e-6, rms=False, upsample=False, silu=True, tanh=False, interleaved=True, stream=0,
              dtype=torch.float32, dim=-1, keep=True, numel=7, count=2, low=1, most=3, reset=True,
              lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, step_size=0.1, root=1.0,
-             difference=True, least=4.0, smooth=True)
+             difference=True, least=4.0, smooth=True, size=3, stride=1, padding=1)
 for op, given in CALLS.items():
     entry = getattr(torch.ops.fastdiff, op).default
     base = {a.name: given.get(a.name, FLAGS.get(a.name)) for a in entry._schema.arguments}
@@ -442,6 +447,7 @@ VALID = {
     "quant_linear": {"scale": "last_less"},
     "grouped_quant_linear": {"scale": "last_less", "index": "last_more first_more"},
     "quantize": {"x": "other_float more_dims first_more empty"},
+    "quantize_patches": {"x": "other_float last_more last_less first_more empty empty_last"},
     "resample": {"logw": "double last_more last_less", "u": "double"},
     "scale_shift": {"x": "other_float"},
     "scale_shift_backward": {"scale": "first_more"},

@@ -51,7 +51,7 @@ def arguments(op, of):
         t = torch.randn(shape).to(of)
         if op != "sparse_adamw_":  # whose weight takes what float32 gives
             # Integers are rounded from float32: in float64 some would be their neighbours.
-            wide[id(t)] = t.float() if op == "quantize" else t.double()
+            wide[id(t)] = t.float() if op in ("quantize", "quantize_patches") else t.double()
         return t
 
     def widened(a):

@@ -93,6 +93,8 @@ def calls(dtype):
     for b, c, h, w, n in ((1, 1, 5, 5, 1), (2, 7, 5, 9, 17), (1, 65, 16, 4, 130)):
         x = r(b, c, h, w), r(b, h, w, c).movedim(-1, 1)
         for up in (False, True):
+            for y in x:
+                yield "quantize_patches", (y, 3), dict(padding=1, stride=1 + up, upsample=up)
             add = r(b, h << up, w << up, n).movedim(-1, 1)
             for y, bias in zip(x, (r(n), r(b, n))):
                 yield "conv3x3", (y, r(n, c, 3, 3), bias), dict(add=add, upsample=up)

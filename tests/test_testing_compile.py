@@ -102,6 +102,7 @@ def test_quantised_products_use_the_tensor_cores_of_every_target():
         check(report | ({"dtype": "float8"} if report["dot"] else {}))
     kernels = {name for name in every_kernel() if "quant" in name}
     kernels |= {"int8_rows_kernel", "key_mean_kernel", "layer_norm_modulate_kernel"}
+    kernels |= {"patches_kernel"}
     assert {(report["kernel"], report["target"]) for report in reports} == {
         (kernel, target) for kernel in kernels for target in targets
     }

@@ -36,28 +36,46 @@ FD_INLINE void store_rounded(Vec v, int8_t* q, int count) {
 #endif
 }
 
-// `most` has the largest magnitude in one of its lanes; load(i, part) gives elements from i on.
+// What a row is rounded with, from its largest magnitude; writes its scale.
+struct Levels {
+  bool usable;
+  Vec inverse;
+
+  FD_INLINE Levels(float largest, float* s) : inverse(0.0f) {
+    const bool finite = std::isfinite(largest);
+    usable = finite && largest >= kTiny;
+    *s = usable ? largest / kLevels : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    if (usable) inverse = Vec(1.0f / largest * kLevels);
+  }
+  // load(i, part) gives elements from i on.
+  template <class Load>
+  FD_INLINE void round(int64_t dim, Load load, int8_t* q) const {
+    each(dim, [&](int64_t i, auto part) {
+      store_rounded(load(i, part) * inverse, q + i,
+                    dim - i < Vec::width ? int(dim - i) : Vec::width);
+    });
+  }
+};
+
+// The largest of the lanes.
+FD_INLINE float largest_of(Vec most) {
+  alignas(64) int32_t lanes[Vec::width];
+  std::memcpy(lanes, &most, sizeof(lanes));
+  int32_t bits = lanes[0];
+  for (int i = 1; i < Vec::width; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(bits));
+  return largest;
+}
+
+// `most` has the largest magnitude in one of its lanes.
 template <class Load>
 void quantize_row(Vec most, int64_t dim, Load load, int8_t* q, float* s) {
-  constexpr int W = Vec::width;
-  alignas(64) float lanes[W];
-  most.store(lanes);
-  float largest = lanes[0];
-  bool finite = std::isfinite(largest);
-  for (int i = 1; i < W; ++i) {
-    finite = finite && std::isfinite(lanes[i]);
-    largest = lanes[i] > largest ? lanes[i] : largest;
-  }
-  if (!finite || largest < kTiny) {
-    *s = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    if (dim) std::memset(q, 0, size_t(dim));  // of no columns there is no memory
-    return;
-  }
-  *s = largest / kLevels;
-  const Vec inverse(1.0f / largest * kLevels);
-  each(dim, [&](int64_t i, auto part) {
-    store_rounded(load(i, part) * inverse, q + i, dim - i < W ? int(dim - i) : W);
-  });
+  const Levels levels(largest_of(most), s);
+  if (levels.usable)
+    levels.round(dim, load, q);
+  else if (dim)  // of no columns there is no memory
+    std::memset(q, 0, size_t(dim));
 }
 
 FASTDIFF_KERNEL_END

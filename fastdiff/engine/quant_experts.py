@@ -112,7 +112,7 @@ class QuantExperts(QuantForward):
 
     def layer(self, x: Tensor, offsets: Tensor, index: Tensor | None) -> Tensor:
         """As ``MoE.layer``."""
-        module: Any = self._module
+        module: Any = self.module
         if not self._now(x):
             plain: Tensor = self._plain_layer(module.which, x, offsets, index)
             return plain
@@ -131,7 +131,7 @@ class QuantExperts(QuantForward):
         return y
 
     def _bias(self, x: Tensor) -> Tensor | None:
-        bias: Tensor | None = self._module.bias
+        bias: Tensor | None = self.module.bias
         return None if bias is None else bias.to(x.dtype)
 
     def _product(
@@ -167,7 +167,7 @@ class QuantExperts(QuantForward):
         some = torch.arange(take, device=x.device) * count // max(1, take)
         ends = (some < offsets[:, None]).sum(1)
         rows = x[some if index is None else index[some]]
-        weight = self._module.weight.to(x.dtype)
+        weight = self.module.weight.to(x.dtype)
         want = ops.grouped_linear(rows, weight, ends, bias=self._bias(x))
         got = self._product(rows, ends, None, None)
         live = (torch.arange(len(rows), device=x.device) < ends[-1])[:, None]

@@ -1,10 +1,12 @@
-"""One linear layer, or one attention, in the format of a
+"""One linear layer, convolution or attention in the format of a
 :class:`~fastdiff.precision.Precision`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +32,12 @@ def hadamard(size: int) -> Tensor:
     return h / size**0.5
 
 
+def matrix(weight: Tensor) -> Tensor:
+    """A weight as rows of what a token has: of a convolution ``[N, C, k, k]`` tap by tap, of
+    experts one after the other."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight.flatten(0, -2)
+
+
 class Stored:
     """A layer's weight as it is kept: tensors by name, made from a float weight."""
 
@@ -42,10 +50,10 @@ class Stored:
         Raises:
             ValueError: ``group`` does not divide the input channels; the layer is named.
         """
-        w = weight.detach()
+        w = matrix(weight.detach())
         rows, columns = w.shape
         if format == "bfloat16":
-            return cls(format, {"weight": w.to(torch.bfloat16)}, (rows, columns))
+            return cls(format, {"weight": w.to(torch.bfloat16).contiguous()}, (rows, columns))
         tensors: dict[str, Tensor] = {}
         wide = w.float()
         if policy.smooth is not None:
@@ -126,7 +134,7 @@ class Stored:
                 back = (back.view(len(back), -1, size) @ self.tensors["rotation"].T).flatten(1)
             if "smooth" in self.tensors:
                 back = back / self.tensors["smooth"]
-        w = weight.detach().float()
+        w = matrix(weight.detach()).float()
         return float((back - w).norm() / w.norm().clamp(min=1e-30))
 
 
@@ -178,13 +186,16 @@ class QuantForward:
         stored: Stored | None = None,
     ):
         self.name, self.policy, self.format = name, policy, format
-        self._module, self._plain = module, forward_of(module)
-        self.stored = stored or Stored.of(name, module.weight, format, policy)
+        self.module, self._plain = module, forward_of(module)
+        self.stored = stored or self._store()
         self._version, self._device = version(module.weight), module.weight.device
         self.released = False
         self.calls, self.seconds = 0, 0.0
         self.seen: Tensor | None = None
         self._probed: Any = None
+
+    def _store(self) -> Stored:
+        return Stored.of(self.name, self.module.weight, self.format, self.policy)
 
     @property
     def steady(self) -> bool:
@@ -192,13 +203,13 @@ class QuantForward:
         return not self.policy.first and not self.policy.last
 
     def _usable(self, x: Any) -> bool:
-        weight = self._module.weight
+        weight = self.module.weight
         return (
             type(x) is Tensor
             and x.dtype in _DTYPES
             and x.device == (self._device if self.released else weight.device)
             and x.numel() > 0
-            and not self._module.training
+            and not self.module.training
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -223,7 +234,7 @@ class QuantForward:
 
     def _stale(self) -> bool:
         """The weight was trained, merged or swapped since it was stored."""
-        return not self.released and version(self._module.weight) != self._version
+        return not self.released and version(self.module.weight) != self._version
 
     def activated(self, x: Tensor | Quantized, activation: str | None) -> Tensor:
         """``act(forward(x))``, for callers that would read the weight of a layer in floats."""
@@ -231,7 +242,7 @@ class QuantForward:
             return self._apply(x, activation)
         if self._now(x):
             return self._apply(x, activation)
-        module: Any = self._module
+        module: Any = self.module
         if module.weight.dtype == x.dtype:
             return ops.linear(x, module.weight, module.bias, activation=activation)
         y: Tensor = self._plain(x)
@@ -252,16 +263,11 @@ class QuantForward:
             )
         return False
 
-    def _apply(self, x: Tensor | Quantized, activation: str | None) -> Tensor:
+    def _apply(self, x: Tensor | Quantized, activation: str | None, **how: Any) -> Tensor:
         run = current()
         start = time.perf_counter()
-        module: Any = self._module
-        if self._stale():
-            self.stored = Stored.of(self.name, module.weight, self.format, self.policy)
-            self._version = version(module.weight)
-        bias = module.bias
-        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-        y = self.stored.apply(x, bias, activation)
+        self._refresh()
+        y = self._result(x, activation, **how)
         self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
         if (
             isinstance(x, Tensor)
@@ -271,20 +277,50 @@ class QuantForward:
             and self._probed is not run
         ):
             self._probed = run
-            self._probe(x, bias)
+            part = self._part(x)
+            got, want = self._result(part, None, **how), self.floats(part, **how)
+            self.seen = more(self.seen, got, want)
         return y
 
-    def _probe(self, x: Tensor, bias: Tensor | None) -> None:
-        rows = x.reshape(-1, x.shape[-1])[:PROBE]
-        want = F.linear(rows, self._module.weight.to(x.dtype), bias)
-        got = self.stored.apply(rows, bias, None)
-        self.seen = more(self.seen, got, want)
+    def _refresh(self) -> None:
+        if self._stale():
+            self.stored = self._store()
+            self._version = version(self.module.weight)
+
+    def _bias_like(self, x: Tensor | Quantized) -> Tensor | None:
+        bias: Tensor | None = self.module.bias
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def _result(self, x: Any, activation: str | None, **how: Any) -> Tensor:
+        """Of the stored weight."""
+        return self.stored.apply(x, self._bias_like(x), activation)
+
+    def floats(self, x: Tensor, **how: Any) -> Tensor:
+        """Of the float weight; ``x`` in any of the dtypes."""
+        return F.linear(x, self.module.weight.to(x.dtype), self._bias_like(x))
+
+    def _part(self, x: Tensor) -> Tensor:
+        """So much of ``x`` as is computed both ways, for the error."""
+        return x.reshape(-1, x.shape[-1])[:PROBE]
+
+    def both(self, x: Tensor, rounds: int = 3) -> tuple[float, float]:
+        """Seconds of a call on ``x`` with the float weight, and with the stored one; medians."""
+        arms: tuple[Any, Any] = (self.floats, lambda x: self._result(x, None))
+        found: tuple[list[float], list[float]] = [], []
+        for _ in range(1 + rounds):
+            for arm, took in zip(arms, found, strict=True):
+                start = time.perf_counter()
+                arm(x)
+                if x.device.type != "cpu":
+                    torch.accelerator.synchronize(x.device)
+                took.append(time.perf_counter() - start)
+        return median(found[0][1:]), median(found[1][1:])
 
     def release(self) -> int:
         """Free the float weight; gives its bytes."""
         if self.released:
             return 0
-        module: Any = self._module
+        module: Any = self.module
         freed = int(module.weight.numel() * module.weight.element_size())
         module.weight = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
         self.released = True
@@ -297,6 +333,80 @@ class QuantForward:
     def words(self) -> str:
         rows, columns = self.stored.shape
         return f"{self.format} {columns} -> {rows}"
+
+
+class QuantConvolution(QuantForward):
+    """What a convolution's ``forward`` is while it is quantised: its patches are tokens."""
+
+    def __init__(
+        self,
+        name: str,
+        module: Any,
+        format: str,
+        policy: Precision,
+        stored: Stored | None = None,
+    ):
+        self._size, self._stride = module.kernel_size[0], module.stride[0]
+        self._padding: int = module.padding[0]
+        super().__init__(name, module, format, policy, stored)
+
+    def _store(self) -> Stored:
+        policy = self.policy
+        if self._size > 1:  # smoothing and rotation are of tokens that are floats
+            policy = replace(policy, smooth=None, rank=0, rotate=0)
+        return Stored.of(self.name, self.module.weight, self.format, policy)
+
+    def _usable(self, x: Any) -> bool:
+        return super()._usable(x) and x.dim() == 4
+
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Never: tokens are what patches are made to."""
+        return False
+
+    def convolve(self, x: Tensor, upsample: bool = False) -> Tensor | None:
+        """``forward`` of ``x``, or of ``x`` with every pixel doubled in both directions; None
+        where this call is in floats."""
+        if not self._now(x):
+            return None
+        return self._apply(x, None, upsample=upsample)
+
+    def _result(self, x: Any, activation: str | None, upsample: bool = False) -> Tensor:
+        bias, stored, stride = self._bias_like(x), self.stored, self._stride
+        pointwise = (self._size, self._padding) == (1, 0)
+        if not pointwise and self.format != "bfloat16":
+            tokens = ops.quantize_patches(
+                x, self._size, stride=stride, padding=self._padding, upsample=upsample
+            )
+            return ops.quant_linear(tokens, stored.quant, bias).permute(0, 3, 1, 2)
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if pointwise:
+            pixels = x[..., ::stride, ::stride].permute(0, 2, 3, 1)
+            return stored.apply(pixels, bias, None).permute(0, 3, 1, 2)
+        w = stored.tensors["weight"].to(x.dtype).unflatten(1, (self._size, self._size, -1))
+        return self._product(x, w.permute(0, 3, 1, 2), bias)
+
+    def floats(self, x: Tensor, upsample: bool = False) -> Tensor:
+        """``[B, C, H, W]`` of ``[B, C, H, W]``, as a network of ours has it."""
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self._product(x, self.module.weight.to(x.dtype), self._bias_like(x))
+
+    def _product(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        how = self._size, self._stride, self._padding
+        if how == (3, 1, 1):
+            return ops.conv3x3(x, w, bias)
+        if how == (1, 1, 0):
+            return ops.linear(x.permute(0, 2, 3, 1), w.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, w, bias, self._stride, self._padding)
+
+    def _part(self, x: Tensor) -> Tensor:
+        side = max(8, self._size)
+        return x[:1, :, :side, :side]
+
+    def words(self) -> str:
+        n, c = self.module.weight.shape[:2]
+        return f"{self.format} {self._size}x{self._size} {c} -> {n}"
 
 
 class QuantScores:

@@ -12,7 +12,13 @@ from torch import nn
 
 from fastdiff.engine.patch import Patch
 from fastdiff.engine.quant_experts import QuantExperts, Weight, expert_weights, patch_experts
-from fastdiff.engine.quant_forward import QuantForward, QuantScores, Stored
+from fastdiff.engine.quant_forward import (
+    QuantConvolution,
+    QuantForward,
+    QuantScores,
+    Stored,
+    matrix,
+)
 from fastdiff.nn import MoE
 from fastdiff.precision import Precision
 
@@ -22,6 +28,21 @@ def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in network.named_modules():
         if type(module) is nn.Linear:
             yield name, module
+
+
+def convolutions_of(network: nn.Module, policy: Precision) -> Iterator[tuple[str, nn.Conv2d]]:
+    """The convolutions of a network that ``policy`` takes for layers, by name."""
+    for name, module in network.named_modules():
+        if policy.convolutions == "none" or type(module) is not nn.Conv2d:
+            continue
+        size, stride, padding = module.kernel_size, module.stride, module.padding
+        square = all(
+            isinstance(pair, tuple) and pair[0] == pair[1] for pair in (size, stride, padding)
+        )
+        rest = module.groups, module.dilation, module.padding_mode
+        if square and rest == (1, (1, 1), "zeros"):
+            if policy.convolutions == "all" or (size, padding) == ((1, 1), (0, 0)):
+                yield name, module
 
 
 class Given(NamedTuple):
@@ -37,8 +58,8 @@ def quantize_layers(
     patch: Patch,
     attentions: Mapping[str, nn.Module],
 ) -> tuple[list[str], dict[str, QuantForward]]:
-    """Let a policy decide on every linear layer of ``network``, those of experts among them;
-    ``layers`` may also name one of its ``attentions``.
+    """Let a policy decide on every linear layer of ``network``, those of experts and convolutions
+    among them; ``layers`` may also name one of its ``attentions``.
 
     Returns:
         Sentences, and the layers that changed, by name.
@@ -50,6 +71,7 @@ def quantize_layers(
     given = formats.layers if isinstance(formats, Given) else None
     policy = formats.policy if isinstance(formats, Given) else formats
     found: dict[str, Any] = {**dict(layers_of(network)), **dict(expert_weights(network))}
+    found |= dict(convolutions_of(network, policy))
     for pattern, _ in policy.layers:
         if not any(fnmatchcase(name, pattern) for name in (*found, *attentions)):
             raise ValueError(f"Precision: no layer is called {pattern!r}")
@@ -64,14 +86,15 @@ def quantize_layers(
             continue
         stored = None
         if given is not None:
-            stored, shape = given.get(name), tuple(module.weight.flatten(0, -2).shape)
+            stored, shape = given.get(name), tuple(matrix(module.weight).shape)
             if stored is None or (stored.format, stored.shape) != (form, shape):
                 has = "none" if stored is None else f"{stored.format} {list(stored.shape)}"
                 raise ValueError(
                     f"Precision: layer {name} is {form} {list(shape)} and what is given has {has}"
                 )
         stacked = isinstance(module, Weight) and isinstance(module.owner, MoE)
-        own = (QuantExperts if stacked else QuantForward)(name, module, form, policy, stored)
+        kind = QuantConvolution if isinstance(module, nn.Conv2d) else QuantForward
+        own = (QuantExperts if stacked else kind)(name, module, form, policy, stored)
         if isinstance(module, Weight):
             experts.setdefault(id(module.owner), (module.owner, {}))[1][module.which] = own
         else:

@@ -50,6 +50,13 @@ def with_activation(module: Any) -> Callable[[Tensor, str | None], Tensor] | Non
     return None if heard(module) else found
 
 
+def other_format(module: Any) -> Callable[..., Tensor | None] | None:
+    """``convolve`` of a convolution in another format, which gives None for a call in floats; None
+    where it has none, or somebody listens."""
+    found = getattr(module.__dict__.get("forward"), "convolve", None)
+    return None if heard(module) else found
+
+
 def linear(module: Any, x: Tensor | Quantized, activation: str | None = None) -> Tensor:
     """``act(module(x))``; ``x [..., K]``, ``activation`` as in ``ops.linear``."""
     if isinstance(x, Quantized):  # of gate_norm_modulate, for this module
@@ -101,13 +108,16 @@ def conv3x3(
         add: ``[B, N, H, W]``, sizes of the result.
         upsample: every pixel of ``x`` is doubled in both directions before.
     """
-    if quiet(module, nn.Conv2d):
-        own = module.bias
-        both = own if bias is None else bias if own is None else own + bias
+    own = other_format(module)
+    y = None if own is None else own(x, upsample)
+    if y is None and (own is not None or quiet(module, nn.Conv2d)):
+        each = module.bias
+        both = each if bias is None else bias if each is None else each + bias
         return ops.conv3x3(x, module.weight, both, add=add, upsample=upsample)
-    if upsample:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    y: Tensor = module(x)
+    if y is None:
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        y = module(x)
     if bias is not None:
         y = y + bias[:, :, None, None]
     return y if add is None else add + y
@@ -115,11 +125,12 @@ def conv3x3(
 
 def pointwise(module: Any, x: Tensor) -> Tensor:
     """A 1x1 convolution of ``x [B, C, H, W]``: a linear layer over pixels."""
-    if quiet(module, nn.Conv2d):
+    own = other_format(module)
+    y = None if own is None else own(x)
+    if y is None and (own is not None or quiet(module, nn.Conv2d)):
         pixels = x.permute(0, 2, 3, 1)
         return ops.linear(pixels, module.weight.flatten(1), module.bias).permute(0, 3, 1, 2)
-    out: Tensor = module(x)
-    return out
+    return module(x) if y is None else y
 
 
 def group_norm(

@@ -33,6 +33,7 @@ from fastdiff.ops.quantize import (
     quantize,
     quantize_weight,
 )
+from fastdiff.ops.quantize_patches import quantize_patches
 from fastdiff.ops.resample import resample
 from fastdiff.ops.sample_sums import sample_sums
 from fastdiff.ops.scale_shift import scale_shift, scale_shift_backward
@@ -87,6 +88,7 @@ __all__ = [
     "quant_linear",
     "quantize",
     "quantize_experts",
+    "quantize_patches",
     "quantize_weight",
     "resample",
     "rope_table",

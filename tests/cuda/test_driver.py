@@ -61,6 +61,7 @@ try:
         index = ops.SparseIndex.of_mask(torch.ones(8, 8, dtype=torch.bool).tril())
         ops.sparse_weight_grad(rows, rows, index, impl="native")
         ops.quant_linear(x, ops.quantize_weight(torch.ones(8, 64)), impl="native")
+        ops.quantize_patches(torch.zeros(1, 8, 4, 4), 3, padding=1, impl="native")
         experts = ops.quantize_experts(torch.ones(2, 8, 64))
         ops.grouped_quant_linear(x[0], experts, torch.tensor([0, 2, 8]), impl="native")
         four = [torch.zeros(4) for _ in range(5)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdiff import samplers
-from fastdiff.models.s4 import S4D, TSDiff
 from fastdiff.methods.tsdiff import tsdiff
+from fastdiff.models.s4 import S4D, TSDiff
 
 H, N = 3, 4
 LENGTHS = [1, 2, 7, 16, 33]
