@@ -3,8 +3,9 @@
 python bench/frontier.py unet-digits dit-digits --csv bench/results/frontier.csv
 
 The plain run is the network as a diffusers class, eager, with ``--steps`` steps. Every way (a cache
-of ours, of diffusers' hooks, of cache-dit, of the DeepCache package; fewer steps, eager or
-compiled; and the better caches on fewer steps) is run once for its PSNR against the plain run's
+of ours, of diffusers' hooks, of cache-dit, of the DeepCache package; int8, ours or torchao's where
+that is installed; fewer steps, eager or compiled; and the better of these on fewer steps) is run
+once for its PSNR against the plain run's
 pictures. At each target the fastest ways of both sides that meet it are then timed again,
 interleaved, next to the plain run. With ``--whole N`` the winners' pictures are also read by the
 classifier and compared with real digits (Frechet distance), N pictures each. A way that a peer
@@ -25,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +40,9 @@ from torch import Tensor  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff import cache, quality  # noqa: E402
-from fastdiff.calibrate import magnitude_ratios  # noqa: E402
+from fastdiff.calibrate import magnitude_ratios, slower  # noqa: E402
 from fastdiff.info import processor  # noqa: E402
+from fastdiff.precision import Precision  # noqa: E402
 from fastdiff.testing import load_file  # noqa: E402
 from fastdiff.tune import describe, psnr  # noqa: E402
 
@@ -66,13 +69,26 @@ class Seen(NamedTuple):
 # ---- the peers -----------------------------------------------------------------------------------
 
 
-def _hooked(d: Any, steps: int, apply: Callable[[Any], None]) -> Callable[[int], Tensor]:
-    """Diffusers' hooks on a twin. Its pipelines for DiT open no cache context and clear nothing
-    (the hooks fail there as shipped), so that is done here for them."""
+def _torchao(model: Any) -> Any:
+    """``model`` with torchao's dynamic int8; None where that is not installed."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        return None
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _hooked(
+    d: Any, steps: int, apply: Callable[[Any], None], int8: bool = False
+) -> Callable[[int], Tensor]:
+    """Diffusers' hooks on a twin, which torchao may have changed before. Its pipelines for DiT open
+    no cache context and clear nothing (the hooks fail there as shipped), so that is done here for
+    them."""
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-    model = d.plain.twin()
+    model = _torchao(d.plain.twin()) if int8 else d.plain.twin()
     apply(model.net)
 
     def draw(seed: int) -> Tensor:
@@ -185,6 +201,9 @@ def peers(
     """Every way of every peer with ``steps`` steps; ``short``: the better ones alone."""
     yield Way("peer", f"eager, {steps} steps", lambda seed: d.draw(d.plain, steps, seed))
     yield Way("peer", f"torch.compile, {steps} steps", lambda seed: d.draw(d.compiled, steps, seed))
+    if d.int8 is not None:
+        label = f"torchao int8 compiled, {steps} steps"
+        yield Way("peer", label, lambda seed: d.draw(d.int8, steps, seed))
     if name.startswith("unet"):
         grid = ((2, 3), (0, 3)) if short else ((2, 3, 4, 5, 7), (0, 3, 6))
         for interval, branch in itertools.product(*grid):
@@ -200,6 +219,12 @@ def peers(
             yield Way("peer", f"{label}, {steps} steps", _hooked(d, steps, apply))
         except Exception as error:  # noqa: BLE001
             failed.append(f"{label}: {type(error).__name__}: {str(error)[:150]}")
+    for label, apply in _diffusers(steps, ratios, True) if d.int8 is not None else ():
+        try:
+            draw = _hooked(d, steps, apply, int8=True)
+            yield Way("peer", f"torchao int8, {label}, {steps} steps", draw)
+        except Exception as error:  # noqa: BLE001
+            failed.append(f"torchao, {label}: {type(error).__name__}: {str(error)[:150]}")
     grid = ((0.12, 0.24), (1,)) if short else ((0.05, 0.08, 0.12, 0.16, 0.24, 0.4), (0, 1, 2))
     for threshold, order in itertools.product(*grid):
         label = f"cache-dit F1B0({threshold}, Taylor {order})"
@@ -240,14 +265,26 @@ def policies(name: str, ratios: Any, short: bool) -> Iterator[Any]:
 
 def ours(d: Any, name: str, steps: int, ratios: Any, short: bool) -> Iterator[Way]:
     """Every way of ours with ``steps`` steps; ``short``: the better ones alone."""
-    for policy in policies(name, ratios, short):
-        model = d.model
-        if policy is not None:
-            model = fastdiff.accelerate(copy.deepcopy(d.model), cache=policy)
-        label = "no cache" if policy is None else describe(policy)
+    for policy, form in itertools.product(policies(name, ratios, short), d.formats):
+        model, words = d.model, "no cache" if policy is None else describe(policy)
         if isinstance(policy, cache.MagnitudeRatio):
-            label = f"MagnitudeRatio({policy.threshold}, {policy.most}, order={policy.order})"
+            words = f"MagnitudeRatio({policy.threshold}, {policy.most}, order={policy.order})"
+        if policy is not None or form is not None:
+            model = fastdiff.accelerate(copy.deepcopy(d.model), cache=policy, precision=form)
+        label = words if form is None else f"{words}, {d.formats[form]}"
         yield Way("fastdiff", f"{label}, {steps} steps", partial(d.draw, model, steps))
+
+
+def formats(d: Any, name: str) -> dict[Precision | None, str]:
+    """Policies of precision by their names; None: floats. Of a U-Net also the convolutions for
+    which int8 is faster on this machine."""
+    found: dict[Precision | None, str] = {None: "", Precision(): "int8"}
+    if not name.startswith("unet"):
+        return found | {Precision(attention="int8"): "int8 and int8 scores"}
+    every = Precision(convolutions="all")
+    slow = slower(d.model, partial(d.draw, d.model, 2, 7), every)
+    count = len(slow)
+    return found | {replace(every, layers=slow): f"int8 and convolutions but {count} layers"}
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -309,6 +346,9 @@ def main() -> None:
     for name in args.names:
         d = digits.Digits(name, args.batch)
         d.compiled = torch.compile(d.plain)
+        d.int8 = _torchao(d.plain.twin())
+        d.int8 = d.int8 and torch.compile(d.int8)
+        d.formats = formats(d, name)
         failed: list[str] = []
         want = d.draw(d.plain, args.steps)
         d.draw(d.compiled, 2)  # compiles
