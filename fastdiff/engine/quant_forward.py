@@ -370,7 +370,8 @@ class QuantConvolution(QuantForward):
             return None
         return self._apply(x, None, upsample=upsample)
 
-    def _result(self, x: Any, activation: str | None, upsample: bool = False) -> Tensor:
+    def _result(self, x: Any, activation: str | None, **how: Any) -> Tensor:
+        upsample: bool = how.get("upsample", False)
         bias, stored, stride = self._bias_like(x), self.stored, self._stride
         pointwise = (self._size, self._padding) == (1, 0)
         if not pointwise and self.format != "bfloat16":
@@ -386,9 +387,9 @@ class QuantConvolution(QuantForward):
         w = stored.tensors["weight"].to(x.dtype).unflatten(1, (self._size, self._size, -1))
         return self._product(x, w.permute(0, 3, 1, 2), bias)
 
-    def floats(self, x: Tensor, upsample: bool = False) -> Tensor:
+    def floats(self, x: Tensor, **how: Any) -> Tensor:
         """``[B, C, H, W]`` of ``[B, C, H, W]``, as a network of ours has it."""
-        if upsample:
+        if how.get("upsample"):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self._product(x, self.module.weight.to(x.dtype), self._bias_like(x))
 
