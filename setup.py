@@ -9,7 +9,8 @@ host halves become fastdiff/_cuda_driver.so, and NVRTC compiles the kernels when
 
 Environment: ``FASTDIFF_CUDA`` 0|1 (default: 1 where nvcc and CUDA sources exist),
 ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``FASTDIFF_SANITIZE`` ("address,undefined"),
-``FASTDIFF_NO_EXT`` 1 (pure Python install on the reference rows).
+``FASTDIFF_NO_EXT`` 1 (pure Python install on the reference rows), ``FASTDIFF_EMULATE`` 1 (the
+levels of AVX-512 in AVX2 by csrc/emulate, which needs SIMDe's headers: slow, for tests alone).
 """
 
 import json
@@ -33,6 +34,10 @@ LEVELS = {
         "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16"
     ).split(),
 }
+EMULATE = os.environ.get("FASTDIFF_EMULATE") == "1"
+if EMULATE:
+    shim = [*LEVELS["avx2"], f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi"]
+    LEVELS |= {"avx512": shim, "avx512_bf16": [*shim, "-DFASTDIFF_EMULATE_BF16"]}
 
 
 def say(*words):
@@ -42,6 +47,8 @@ def say(*words):
 def build_flags():
     flags = ["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-g0"]
     links = ["-fopenmp"]
+    if EMULATE:
+        flags.append("-DFASTDIFF_EMULATE")
     sanitize = os.environ.get("FASTDIFF_SANITIZE")
     if sanitize:
         extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
@@ -118,14 +125,17 @@ def build_cuda(nvcc):
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", library], check=True)
 
 
+FOLDERS = ("", "/cuda", "/emulate")
+
+
 def newest(source):
     """When a source, or a header of ours that it includes, was last changed."""
     seen, todo = set(), [source]
     while todo:
         path = todo.pop()
         seen.add(path)
-        for name in re.findall(r'#include "(.+)"', path.read_text()):
-            near = (folder / name for folder in (path.parent, HERE / "csrc", HERE / "csrc/cuda"))
+        for name in re.findall(r'#include ["<](.+)[">]', path.read_text()):
+            near = (f / name for f in (path.parent, *(HERE / f"csrc{s}" for s in FOLDERS)))
             todo += [p for p in near if p.exists() and p not in seen][:1]
     return max(path.stat().st_mtime for path in seen)
 
@@ -165,7 +175,7 @@ def extension():
         def compile_level(self, ext, level, isa):
             from concurrent.futures import ThreadPoolExecutor
 
-            out = Path(self.build_temp).resolve() / level
+            out = Path(self.build_temp).resolve() / (f"{level}_emulated" if EMULATE else level)
             out.mkdir(parents=True, exist_ok=True)
             cxx = os.environ.get("CXX", "g++")
 
@@ -215,7 +225,13 @@ record = {
 }
 record |= {
     k: os.environ[k]
-    for k in ("FASTDIFF_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "FASTDIFF_SANITIZE")
+    for k in (
+        "FASTDIFF_CUDA",
+        "TORCH_CUDA_ARCH_LIST",
+        "MAX_JOBS",
+        "FASTDIFF_SANITIZE",
+        "FASTDIFF_EMULATE",
+    )
     if k in os.environ
 }
 if not reason:

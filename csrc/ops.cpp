@@ -162,6 +162,12 @@ PYBIND11_MODULE(_C, m) {
       levels.append(level_name(fastdiff::Level(i)));
     return levels;
   });
+#ifdef FASTDIFF_EMULATE
+  const bool emulated = true;
+#else
+  const bool emulated = false;
+#endif
+  m.attr("emulated") = emulated;
   m.def("load_gpu_library", &fastdiff::load_gpu_library);
   m.def("why_not_gpu", &fastdiff::why_not_gpu);
   m.def("set_emulating", &fastdiff::set_emulating);

@@ -35,6 +35,11 @@ def cpu_levels() -> list[str]:
     return [] if _C is None else list(_C.cpu_levels())
 
 
+def emulated() -> bool:
+    """Whether levels past avx2 are imitated in it (FASTDIFF_EMULATE of setup.py): slow."""
+    return bool(getattr(_C, "emulated", False))
+
+
 def cpu_level() -> str:
     """The level in use: the processor's, lowered by FASTDIFF_CPU or :func:`set_cpu_level`."""
     return "none" if _C is None else str(_C.cpu_level())

@@ -181,6 +181,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_level": fastdiff.cpu_level(),
         "cpu_levels": fastdiff.cpu_levels(),
+        "emulated": _native.emulated(),
         "native": _native.load_error or "loaded",
         "build": _native.build_info(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -201,6 +202,8 @@ def text(report: dict[str, Any]) -> str:
     """The report for people."""
     build = report["build"]
     levels = ", ".join(report["cpu_levels"]) or "none"
+    if report["emulated"]:
+        levels += " (all but avx2 emulated in it, for tests: slow)"
     lines = [
         f"fastdiff {report['fastdiff']}, torch {report['torch']}, python {report['python']}",
         f"processor: {report['processor']}; level {report['cpu_level']} of {levels}; "

@@ -54,6 +54,7 @@ FLOORS = (
         "testing_cuda",
         "testing_gaussian",
         "testing_simt",
+        "testing_tree",
         "testing_triton",
         "report",
         "run_summary",

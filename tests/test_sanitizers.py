@@ -6,19 +6,13 @@ are not instrumented by compilers; test_memory_guard.py sees those.
 """
 
 import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import fastdiff
+from fastdiff import testing_tree
 
-ROOT = Path(__file__).parents[1]
-SKIP = shutil.ignore_patterns(
-    "__pycache__", ".git", ".venv", ".path", "build", "*.so", "*.egg-info", "_build_info*", "out"
-)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not fastdiff.cpu_levels(), reason="the extension is not built here"),
@@ -32,48 +26,30 @@ def library(name):
 
 
 def build(tree):
-    env = {**os.environ, "FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "0"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    testing_tree.build(tree, FASTDIFF_SANITIZE="address,undefined")
 
 
 def run(tree, *command):
     """Run Python on the instrumented copy; leaks are not looked for, as Python leaks by design."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(tree / "site"),
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "2",
-    }
-    return subprocess.run(
-        [sys.executable, *command], cwd=tree, env=env, capture_output=True, text=True
+    return testing_tree.python(
+        tree,
+        *command,
+        LD_PRELOAD=f"{library('libasan.so')} {library('libubsan.so')}",
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        OMP_NUM_THREADS="2",
     )
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A built copy of the sources, importable from ``tree/site`` alone."""
     tree = tmp_path_factory.mktemp("sanitized") / "tree"
-    shutil.copytree(ROOT, tree, ignore=SKIP, symlinks=True)
-    link = tree / "fastdiff" / "kernels"
-    if not link.exists():
-        link.symlink_to("../kernels")
-    (tree / "site").mkdir()
-    (tree / "site" / "fastdiff").symlink_to("../fastdiff")
+    testing_tree.copy(tree)
     build(tree)
     return tree
 
 
-def native_tests():
-    """Test files of ops that have C++ kernels."""
-    stems = sorted(p.name.removesuffix("_kernel.cpp") for p in ROOT.glob("csrc/cpu/*_kernel.cpp"))
-    return [f"tests/ops/test_{stem}.py" for stem in stems if not stem.endswith("_backward")]
-
-
-@pytest.mark.parametrize("file", native_tests())
+@pytest.mark.parametrize("file", testing_tree.native_tests())
 def test_native_ops_are_clean(tree, file):
     # Compiling and the interpreter run no kernel of ours that the other tests do not run.
     words = "not triton and not compile"

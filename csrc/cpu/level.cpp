@@ -16,6 +16,9 @@ Level detected_level() {
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
           __builtin_cpu_supports("f16c")))
       return Level::kNone;
+#ifdef FASTDIFF_EMULATE  // csrc/emulate, which needs no more
+    return Level::kAvx512Bf16;
+#endif
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
       return Level::kAvx2;

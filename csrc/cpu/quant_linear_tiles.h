@@ -53,7 +53,7 @@ FD_INLINE __m256i halves(Ints v) { return v; }
 // In a register, as it is: else GCC adds up products of several steps before the sums, which then
 // are in memory.
 FD_INLINE Ints kept(Ints v) {
-  asm("" : "+v"(v));
+  asm("" : FD_REGISTER(v));
   return v;
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t kGrain = 8;  // chunks worth a thread, as many elements as tor
 // Its rounding to float32 stays: the compiler may not fuse it into a sum.
 static FD_INLINE Vec product(Vec a, Vec b) {
   Vec out = a * b;
-  asm("" : "+v"(out.v));
+  asm("" : FD_REGISTER(out.v));
   return out;
 }
 

@@ -21,6 +21,9 @@
   }                         \
   }
 #define FD_INLINE inline __attribute__((always_inline))
+#ifndef FD_REGISTER  // of a vector, in assembly
+#define FD_REGISTER "+v"
+#endif
 
 FASTDIFF_KERNEL_BEGIN
 
