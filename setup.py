@@ -2,7 +2,7 @@
 
 ``csrc/*.cpp`` and ``csrc/cpu/<op>.cpp`` are host code (torch headers, baseline flags);
 ``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
-of ``LEVELS`` into its own namespace, so that the linker can never merge code of two levels.
+of ``LEVELS`` (those of VNNI alone: where there are products of int8) into its own namespace, so that the linker can never merge code of two levels.
 ``csrc/cuda/*.cu`` become fastdiff/_cuda.so where there is nvcc: a library of its own without torch,
 which the extension loads at run time, so that it needs no CUDA build of torch. Without nvcc their
 host halves become fastdiff/_cuda_driver.so, and NVRTC compiles the kernels when they are used.
@@ -27,17 +27,24 @@ from setuptools import setup
 HERE = Path(__file__).parent.resolve()
 os.chdir(HERE)
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 LEVELS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl".split(),
-    "avx512_bf16": (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16"
-    ).split(),
+    "avx2": AVX2,
+    "avx2_vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
+# The kernels with products of int8: others are the same with VNNI and without.
+INT8 = ("grouped_quant_linear", "quant_attention", "quant_linear")
 EMULATE = os.environ.get("FASTDIFF_EMULATE") == "1"
 if EMULATE:
-    shim = [*LEVELS["avx2"], f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi"]
-    LEVELS |= {"avx512": shim, "avx512_bf16": [*shim, "-DFASTDIFF_EMULATE_BF16"]}
+    shim = [*AVX2, f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi"]
+    LEVELS = {
+        level: AVX2 if level == "avx2" else [*shim, f"-DFASTDIFF_EMULATE_{level.upper()}"]
+        for level in LEVELS
+    }
 
 
 def say(*words):
@@ -190,7 +197,9 @@ def extension():
 
             jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
             with ThreadPoolExecutor(jobs) as pool:
-                return list(pool.map(one, sorted(HERE.glob("csrc/cpu/*_kernel.cpp"))))
+                names = INT8 if level.endswith("_vnni") else ("*",)
+                sources = (p for n in names for p in HERE.glob(f"csrc/cpu/{n}_kernel.cpp"))
+                return list(pool.map(one, sorted(sources)))
 
     host = ["csrc/ops.cpp", "csrc/gpu_library.cpp"]
     host += [

@@ -26,11 +26,13 @@ void run_gpu(const char* op, const void* args, const at::Tensor& t);
 }  // namespace fastdiff
 
 // Runs kernel `name` where tensor `t` is: the CPU's at the current level, or the GPU's.
-#define FASTDIFF_RUN(name, args, t)           \
+#define FASTDIFF_RUN(name, args, t) FASTDIFF_RUN_BY(FASTDIFF_CALL_KERNEL, name, args, t)
+#define FASTDIFF_RUN_INT8(name, args, t) FASTDIFF_RUN_BY(FASTDIFF_CALL_INT8_KERNEL, name, args, t)
+#define FASTDIFF_RUN_BY(call, name, args, t)  \
   do {                                        \
     if (::fastdiff::on_gpu(t)) {              \
       ::fastdiff::run_gpu(#name, &(args), t); \
     } else {                                  \
-      FASTDIFF_CALL_KERNEL(name, args);       \
+      call(name, args);                       \
     }                                         \
   } while (0)

@@ -142,24 +142,14 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("resample(Tensor logw, Tensor u, float least) -> (Tensor, Tensor, Tensor)");
 }
 
-namespace {
-const char* level_name(fastdiff::Level level) {
-  switch (level) {
-    case fastdiff::Level::kAvx2: return "avx2";
-    case fastdiff::Level::kAvx512: return "avx512";
-    case fastdiff::Level::kAvx512Bf16: return "avx512_bf16";
-    default: return "none";
-  }
-}
-}  // namespace
-
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native library of fastdiff: registers torch.ops.fastdiff.* and selects the CPU level.";
-  m.def("cpu_level", [] { return std::string(level_name(fastdiff::current_level())); });
+  m.def("cpu_level", [] { return std::string(fastdiff::level_name(fastdiff::current_level())); });
   m.def("cpu_levels", [] {
     pybind11::list levels;
     for (int i = 1; i <= int(fastdiff::detected_level()); ++i)
-      levels.append(level_name(fastdiff::Level(i)));
+      if (fastdiff::has_level(fastdiff::Level(i)))
+        levels.append(fastdiff::level_name(fastdiff::Level(i)));
     return levels;
   });
 #ifdef FASTDIFF_EMULATE
@@ -172,8 +162,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("why_not_gpu", &fastdiff::why_not_gpu);
   m.def("set_emulating", &fastdiff::set_emulating);
   m.def("set_cpu_level", [](const std::string& name) {
-    for (int i = 1; i <= int(fastdiff::detected_level()); ++i)
-      if (name == level_name(fastdiff::Level(i))) return fastdiff::set_level(fastdiff::Level(i));
+    for (int i = 1; i <= int(fastdiff::detected_level()); ++i) {
+      const auto level = fastdiff::Level(i);
+      if (name == fastdiff::level_name(level) && fastdiff::has_level(level))
+        return fastdiff::set_level(level);
+    }
     throw pybind11::value_error("set_cpu_level: '" + name + "' is not a level of this processor");
   });
 }

@@ -62,7 +62,7 @@ at::Tensor grouped_quant_linear(const at::Tensor& q_in, const at::Tensor& s_in,
   all.q = q.const_data_ptr<int8_t>(), all.s = s.const_data_ptr<float>();
   all.values = values.const_data_ptr<int8_t>(), all.scale = scale.const_data_ptr<float>();
   all.y = y.mutable_data_ptr();
-  if (y.numel()) FASTDIFF_RUN(grouped_quant_linear, args, q);
+  if (y.numel()) FASTDIFF_RUN_INT8(grouped_quant_linear, args, q);
   return y;
 }
 

@@ -6,11 +6,21 @@
 
 namespace fastdiff {
 
-// Ordered: a machine that has one level has all before it. kNone: not even AVX2, native rows
-// refuse.
-enum class Level : int { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// From the slowest to the fastest. kNone: not even AVX2, native rows refuse. A processor may have
+// one and lack one before it: client processors have AVX-VNNI and no AVX-512, older servers
+// AVX512-VNNI and no AVX-VNNI.
+enum class Level : int {
+  kNone = 0,
+  kAvx2 = 1,
+  kAvx2Vnni = 2,
+  kAvx512 = 3,
+  kAvx512Vnni = 4,
+  kAvx512Bf16 = 5
+};
 
-Level detected_level();       // what this processor has
+bool has_level(Level level);  // this processor
+const char* level_name(Level level);
+Level detected_level();       // the fastest that it has
 Level current_level();        // detected, lowered by FASTDIFF_CPU or set_level()
 void set_level(Level level);  // tests run every level
 
@@ -39,7 +49,13 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& body) {
   namespace avx2 {                          \
   void name(const Args&);                   \
   }                                         \
+  namespace avx2_vnni {                     \
+  void name(const Args&);                   \
+  }                                         \
   namespace avx512 {                        \
+  void name(const Args&);                   \
+  }                                         \
+  namespace avx512_vnni {                   \
   void name(const Args&);                   \
   }                                         \
   namespace avx512_bf16 {                   \
@@ -48,11 +64,17 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& body) {
   }
 
 // Host side: runs the variant of the current level.
-#define FASTDIFF_CALL_KERNEL(name, args)                                                           \
+#define FASTDIFF_CALL_KERNEL(name, args) FASTDIFF_CALL_LEVEL(name, args, avx2, avx512)
+// Of one whose products of int8 are VNNI's (setup.py: INT8).
+#define FASTDIFF_CALL_INT8_KERNEL(name, args) \
+  FASTDIFF_CALL_LEVEL(name, args, avx2_vnni, avx512_vnni)
+#define FASTDIFF_CALL_LEVEL(name, args, avx2_with_vnni, avx512_with_vnni)                          \
   do {                                                                                             \
     switch (::fastdiff::current_level()) {                                                         \
       case ::fastdiff::Level::kAvx512Bf16: ::fastdiff::avx512_bf16::name(args); break;             \
+      case ::fastdiff::Level::kAvx512Vnni: ::fastdiff::avx512_with_vnni::name(args); break;        \
       case ::fastdiff::Level::kAvx512: ::fastdiff::avx512::name(args); break;                      \
+      case ::fastdiff::Level::kAvx2Vnni: ::fastdiff::avx2_with_vnni::name(args); break;            \
       case ::fastdiff::Level::kAvx2: ::fastdiff::avx2::name(args); break;                          \
       case ::fastdiff::Level::kNone:                                                               \
         TORCH_CHECK(false,                                                                         \

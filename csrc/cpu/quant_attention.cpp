@@ -46,7 +46,7 @@ at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const
     at::Tensor scratch = at::empty({floats + 16}, q.options().dtype(at::kFloat));
     auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr<float>());
     a.scratch = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    FASTDIFF_RUN(quant_attention, a, q);
+    FASTDIFF_RUN_INT8(quant_attention, a, q);
   }
   return out.transpose(1, 2);
 }

@@ -60,12 +60,18 @@ FD_INLINE Ints all_ints(int32_t x) { return _mm256_set1_epi32(x); }
 FD_INLINE Ints bits(Vec v) { return _mm256_castps_si256(v.v); }
 FD_INLINE Vec as_vec(Ints v) { return _mm256_castsi256_ps(v); }
 FD_INLINE Vec floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+#ifdef __AVXVNNI__
+FD_INLINE Ints q_lanes(Ints q) { return _mm256_xor_si256(q, _mm256_set1_epi8(-128)); }
+FD_INLINE int32_t before(int32_t k_sum) { return -128 * k_sum; }
+FD_INLINE Ints dot4(Ints sum, Ints q, Ints k) { return _mm256_dpbusd_avx_epi32(sum, q, k); }
+#else
 FD_INLINE Ints q_lanes(Ints q) { return q; }
 FD_INLINE int32_t before(int32_t) { return 0; }
 FD_INLINE Ints dot4(Ints sum, Ints q, Ints k) {  // |k| times q with the sign of k
   const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(k), _mm256_sign_epi8(q, k));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+#endif
 FD_INLINE void store_rounded(Vec v, int8_t* q, int count) {
   const __m256i wide = _mm256_cvtps_epi32(v.v);
   const __m128i half =

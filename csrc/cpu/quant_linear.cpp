@@ -56,7 +56,7 @@ at::Tensor quant_linear(const at::Tensor& q_in, const at::Tensor& s_in, const at
   args.q = q.const_data_ptr<int8_t>(), args.s = s.const_data_ptr<float>();
   args.values = values.const_data_ptr<int8_t>(), args.scale = scale.const_data_ptr<float>();
   args.y = y.mutable_data_ptr();
-  if (y.numel()) FASTDIFF_RUN(quant_linear, args, q);
+  if (y.numel()) FASTDIFF_RUN_INT8(quant_linear, args, q);
   return y;
 }
 

@@ -6,8 +6,7 @@
 // Few rows: bound by the weight's way from memory, which is read as it lies, and the lanes of each
 // product added up at the end of a group.
 //
-// Four products of a lane. With AVX512-VNNI, which every processor of level avx512_bf16 has, in one
-// instruction that takes an unsigned and a signed factor: the weight goes in as w + 128, and 128
+// Four products of a lane. With VNNI in one instruction that takes an unsigned and a signed factor: the weight goes in as w + 128, and 128
 // times the row's sum of x comes off. Elsewhere the even and the odd columns as two pairs of int16:
 // as many instructions as one product of |x| with sign(x) w and the widening of its int16 sums
 // take, and -128 is no exception.
@@ -59,14 +58,25 @@ FD_INLINE Ints kept(Ints v) {
 
 // The parts in which lanes of four are multiplied, and what to add to a group's sums: `offset` of
 // the lanes' sums of x.
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr int kParts = 1;
+#ifdef __AVX512VNNI__
+FD_INLINE Ints products(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
 FD_INLINE Ints of_weight(Ints w, int) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+FD_INLINE int32_t sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
+#else
+FD_INLINE Ints products(Ints sum, Ints w, Ints x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+FD_INLINE Ints of_weight(Ints w, int) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+FD_INLINE int32_t sum_of(Ints v) {
+  const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  const __m128i b = _mm_hadd_epi32(a, a);
+  return _mm_cvtsi128_si32(_mm_hadd_epi32(b, b));
+}
+#endif
 FD_INLINE Ints of_row(Ints x, int) { return x; }
-FD_INLINE Ints dot(Ints sum, Ints w, Ints x) { return kept(_mm512_dpbusd_epi32(sum, w, x)); }
+FD_INLINE Ints dot(Ints sum, Ints w, Ints x) { return kept(products(sum, w, x)); }
 FD_INLINE int32_t offset(Ints x) {  // wraps like the sums that it is added to
-  const Ints sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
-  return -128 * _mm512_reduce_add_epi32(sums);
+  return int32_t(-128u * uint32_t(sum_of(products(all_ints(0), all_ints(0x01010101), x))));
 }
 #else
 constexpr int kParts = 2;

@@ -7,6 +7,11 @@
 #ifdef __AVX512F__
 #error "FASTDIFF_EMULATE is for a compiler without AVX-512 switched on"
 #endif
+#ifdef FASTDIFF_EMULATE_AVX2_VNNI  // AVX2 and one instruction more
+#include <simde/x86/avx512/dpbusd.h>
+#define __AVXVNNI__ 1
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#else
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
@@ -21,8 +26,10 @@
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
-#ifdef FASTDIFF_EMULATE_BF16
+#ifndef FASTDIFF_EMULATE_AVX512
 #define __AVX512VNNI__ 1
+#endif
+#ifdef FASTDIFF_EMULATE_AVX512_BF16
 #define __AVX512BF16__ 1
 #endif
 
@@ -302,3 +309,4 @@ FD_EMULATED int32_t reduce_add_epi32(__m512i v) {
 #define _mm512_reduce_ps(v, how) emulated::reduce_ps<how>(v)
 #define _mm512_scalef_ps emulated::scalef_ps
 #define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle_f32x4<order>(a, b)
+#endif
