@@ -36,7 +36,9 @@ FD_INLINE Vec as_vec(Ints v) { return _mm512_castsi512_ps(v); }
 FD_INLINE Vec floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 #ifdef __AVX512VNNI__  // of an unsigned and a signed factor: q + 128, and 128 sum(k) comes off
 FD_INLINE Ints q_lanes(Ints q) { return _mm512_xor_si512(q, _mm512_set1_epi8(-128)); }
-FD_INLINE int32_t before(int32_t k_sum) { return -128 * k_sum; }
+FD_INLINE int32_t before(int32_t k_sum) {  // wraps like the sums that it begins
+  return int32_t(uint32_t(k_sum) * uint32_t(-128));
+}
 FD_INLINE Ints dot4(Ints sum, Ints q, Ints k) { return _mm512_dpbusd_epi32(sum, q, k); }
 #else
 FD_INLINE Ints q_lanes(Ints q) { return q; }

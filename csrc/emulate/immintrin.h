@@ -191,6 +191,11 @@ FD_EMULATED __m512 fmaddsub_ps(__m512 a, __m512 b, __m512 c) {
   for (int i = 0; i < 16; ++i) r.at[i] = std::fma(x.at[i], y.at[i], i % 2 ? z.at[i] : -z.at[i]);
   return r;
 }
+FD_EMULATED __m512 abs_ps(__m512 v) {  // of -0 and of NaN as well
+  Floats x(v);
+  for (float& a : x.at) a = std::fabs(a);
+  return x;
+}
 // src + a1 b1 + a0 b0, odd elements first, each rounded to nearest; denormals in and out are 0.
 FD_EMULATED float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 FD_EMULATED float of_bf16(uint16_t x) {
@@ -272,6 +277,7 @@ FD_EMULATED int32_t reduce_add_epi32(__m512i v) {
 }  // namespace emulated
 }  // namespace
 
+#undef _mm512_abs_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_madd_epi16
 #undef _mm512_scalef_ps
@@ -284,6 +290,7 @@ FD_EMULATED int32_t reduce_add_epi32(__m512i v) {
 #undef _mm512_shuffle_f32x4
 #define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16_256
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16_256
+#define _mm512_abs_ps emulated::abs_ps
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
