@@ -1,4 +1,4 @@
-// Tiles of int8 products with their scales, for a linear layer and for those of experts. After
+// Tiles of int8 or float8_e4m3fn products with their scales, for a linear layer and for those of experts. After
 // gpu.h.
 #pragma once
 #include "cpu/quant_linear.h"
@@ -8,10 +8,14 @@
 namespace fastdiff {
 namespace {
 
-using Pair = gpu::s8x2;
 constexpr int kBytes = 2 * kDeep;  // columns of a slice
+// Slices of float8_e4m3fn whose products the tensor cores add up before they go to float32 totals:
+// Ada's and Hopper's keep 13 bits of fraction of a sum, and cut the rest off (SageAttention2,
+// arXiv:2411.10958, sec. 3.3; DeepSeek-V3, arXiv:2412.19437, sec. 3.3.2: every 128 columns).
+constexpr int kSummed = 2;
 
 // Columns k to k + 15 of a row, zeros where `row` is null and at and past `end`, to shared memory.
+template <class Pair>
 __device__ __forceinline__ void copy16(Pair* to, const signed char* row, int k, int end,
                                        bool aligned) {
   if (aligned) {
@@ -27,7 +31,7 @@ __device__ __forceinline__ void copy16(Pair* to, const signed char* row, int k, 
 
 // A slice from column `first` on of `from` [..., K]: row[j] is row threadIdx.x / 4 + 64 j of it, or
 // -1. (Pointers would be twice the registers.)
-template <int size>
+template <int size, class Pair>
 __device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int (&row)[size / 64],
                                            int K, int first, int end, bool aligned) {
   const int i = int(threadIdx.x) / 4, part = int(threadIdx.x) % 4;
@@ -43,11 +47,13 @@ __device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int
 // grouped: rows are read through the index, those of the weight begin with row `base`, and the
 // activation may gate: half as many columns then, with both their products side by side in turns of
 // eight.
-template <class T, int rows, bool groups, bool grouped>
+template <class T, class Pair, int rows, bool groups, bool grouped>
 __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* shared, int first,
                                            int end, int64_t given, int base, int left,
                                            bool k_aligned, bool y_aligned) {
   using Own = Tile<Slice<false, rows>, Slice<false, kColumns>, rows>;
+  constexpr bool float8 = std::is_same_v<Pair, gpu::e4m3x2>;
+  using Sum = std::conditional_t<float8, float, int>;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const bool gated = grouped && a.activation >= kGroupedGeglu;
   const int N = int(a.N), K = int(a.K), G = int(a.G), out = gated ? N / 2 : N;
@@ -71,7 +77,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     const int i = thread / 4 + 64 * j;
     w[j] = column(i) < out ? n_of(i) : -1;
   }
-  int sum[2][Own::blocks][4] = {};
+  Sum sum[2][Own::blocks][4] = {};
   float total[2][Own::blocks][4] = {};
   int k = 0, stop = size, part = 0, g = 0;  // of the next slice; slices multiplied, and the group
   const auto copy = [&](int, Pair* to_q, Pair* to_w) {
@@ -81,23 +87,25 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     if (groups && k >= stop) k = stop, stop += size;
   };
   multiply<Pair, false, false, rows>(shared, steps, copy, sum, [&](int) {
-    if (!groups || ++part < per) return;
+    if (!groups && !float8) return;
+    const bool ends = ++part == per;  // the group
+    if (!ends && !(float8 && part % kSummed == 0)) return;
     const int own = warp / Own::down * Own::columns + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Own::blocks; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = own + 8 * n + e % 2;
-        const float scale = column(i) < out ? a.scale[n_of(i) * G + g] : 0.0f;
+        const float scale = !groups ? 1.0f : column(i) < out ? a.scale[n_of(i) * G + g] : 0.0f;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           total[m][n][e] = fmaf(float(sum[m][n][e]), scale, total[m][n][e]);
           sum[m][n][e] = 0;
         }
       }
-    part = 0, ++g;
+    if (ends) part = 0, ++g;
   });
-  if constexpr (!groups) {
+  if constexpr (!groups && !float8) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
