@@ -4,9 +4,9 @@
 // A block owns a tile of y, as tiles.h has it; its elements are pairs of int8, so a slice is of
 // 2 kDeep columns. With one scale a row of the weight the sums are scaled at the end; with groups,
 // whose slices do not reach over a group's end, after the last slice of each, and added to float32
-// totals: tiles of 64 rows then, as totals take as many registers as sums. Sums of float8_e4m3fn go
-// to totals every kSummed slices as well. q is read once for every tile of columns, the weight once
-// for every tile of rows, y written once, in 16 bytes a lane.
+// totals: tiles of 64 rows then, as totals take as many registers as sums; so are those of
+// float8_e4m3fn, after every slice. q is read once for every tile of columns, the weight once for
+// every tile of rows, y written once, in 16 bytes a lane.
 //
 // float8_e4m3fn needs compute capability 8.9. ptxas (13.0) makes its products those instructions on
 // 8.9 and 12.0; on 9.0 and 10.0, whose own ones are wgmma and tcgen05, float16 products of the same
@@ -38,7 +38,7 @@ int launch(const QuantLinearArgs& a, cudaStream_t stream) {
   const int64_t across = (a.N + kColumns - 1) / kColumns, down = (a.M + rows - 1) / rows;
   if (down > kMost / across) return kInvalidConfiguration;
   const bool k_aligned =
-      at16(a.q) && at16(a.values) && a.K % 16 == 0 && (!groups || a.K / a.G % 16 == 0);
+      at16(a.q) && at16(a.values) && a.K % 16 == 0 && (a.G <= 1 || a.K / a.G % 16 == 0);
   return GPU_LAUNCH((quant_linear_tiles<T, Pair, rows, groups>), dim3(unsigned(down * across)),
                     dim3(kThreads), Own::shared, stream, a, int(across), k_aligned,
                     rows_aligned(a.y, a.M, a.N, a.N));
@@ -52,7 +52,7 @@ int launch(const QuantLinearArgs& a, cudaStream_t stream) {
   if (a.float8) {
     using Pair = gpu::e4m3x2;
     if (int error = GPU_NEEDS((quant_linear_tiles<T, Pair, 64, true>), 89)) return error;
-    return a.G > 1 ? launch<T, Pair, 64, true>(a, stream) : launch<T, Pair, 64, false>(a, stream);
+    return launch<T, Pair, 64, true>(a, stream);
   }
   using Pair = gpu::s8x2;
   if (a.G > 1) return launch<T, Pair, 64, true>(a, stream);
@@ -72,12 +72,11 @@ extern "C" int fastdiff_gpu_quant_linear(const QuantLinearArgs* a, void* stream)
 #define FASTDIFF_TILES(T, Pair, rows, groups)                                                   \
   template __global__ void quant_linear_tiles<T, Pair, rows, groups>(QuantLinearArgs, int, bool, \
                                                                      bool);
-#define FASTDIFF_INSTANTIATE(T)                \
-  FASTDIFF_TILES(T, gpu::s8x2, 64, true)       \
-  FASTDIFF_TILES(T, gpu::s8x2, 64, false)      \
-  FASTDIFF_TILES(T, gpu::s8x2, 128, false)     \
-  FASTDIFF_TILES(T, gpu::e4m3x2, 64, true)     \
-  FASTDIFF_TILES(T, gpu::e4m3x2, 64, false)
+#define FASTDIFF_INSTANTIATE(T)            \
+  FASTDIFF_TILES(T, gpu::s8x2, 64, true)   \
+  FASTDIFF_TILES(T, gpu::s8x2, 64, false)  \
+  FASTDIFF_TILES(T, gpu::s8x2, 128, false) \
+  FASTDIFF_TILES(T, gpu::e4m3x2, 64, true)
 FASTDIFF_INSTANTIATE(float)
 FASTDIFF_INSTANTIATE(gpu::bf16)
 FASTDIFF_INSTANTIATE(gpu::f16)

@@ -9,10 +9,6 @@ namespace fastdiff {
 namespace {
 
 constexpr int kBytes = 2 * kDeep;  // columns of a slice
-// Slices of float8_e4m3fn whose products the tensor cores add up before they go to float32 totals:
-// Ada's and Hopper's keep 13 bits of fraction of a sum, and cut the rest off (SageAttention2,
-// arXiv:2411.10958, sec. 3.3; DeepSeek-V3, arXiv:2412.19437, sec. 3.3.2: every 128 columns).
-constexpr int kSummed = 2;
 
 // Columns k to k + 15 of a row, zeros where `row` is null and at and past `end`, to shared memory.
 template <class Pair>
@@ -46,13 +42,16 @@ __device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int
 // The tile of y of rows `first` on, before `end`, and columns `left` on. q has `given` rows.
 // grouped: rows are read through the index, those of the weight begin with row `base`, and the
 // activation may gate: half as many columns then, with both their products side by side in turns of
-// eight.
+// eight. Sums of float8_e4m3fn go to the totals after every slice, of one group too: Ada's tensor
+// cores keep 13 bits of fraction of them, and cut the rest off (SageAttention2, arXiv:2411.10958,
+// sec. 3.3).
 template <class T, class Pair, int rows, bool groups, bool grouped>
 __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* shared, int first,
                                            int end, int64_t given, int base, int left,
                                            bool k_aligned, bool y_aligned) {
   using Own = Tile<Slice<false, rows>, Slice<false, kColumns>, rows>;
   constexpr bool float8 = std::is_same_v<Pair, gpu::e4m3x2>;
+  static_assert(groups || !float8);
   using Sum = std::conditional_t<float8, float, int>;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const bool gated = grouped && a.activation >= kGroupedGeglu;
@@ -66,7 +65,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     const int64_t at = grouped && a.index ? a.index[m] : m;
     return at >= 0 && at < given ? int(at) : -1;
   };
-  const int size = groups ? K / G : K;
+  const int size = groups && G ? K / G : K;
   const int per = (size + kBytes - 1) / kBytes, steps = groups ? per * G : per;
 
   int q[rows / 64], w[kColumns / 64];
@@ -87,16 +86,16 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     if (groups && k >= stop) k = stop, stop += size;
   };
   multiply<Pair, false, false, rows>(shared, steps, copy, sum, [&](int) {
-    if (!groups && !float8) return;
+    if (!groups) return;
     const bool ends = ++part == per;  // the group
-    if (!ends && !(float8 && part % kSummed == 0)) return;
+    if (!ends && !float8) return;
     const int own = warp / Own::down * Own::columns + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Own::blocks; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = own + 8 * n + e % 2;
-        const float scale = !groups ? 1.0f : column(i) < out ? a.scale[n_of(i) * G + g] : 0.0f;
+        const float scale = column(i) < out ? a.scale[n_of(i) * G + g] : 0.0f;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           total[m][n][e] = fmaf(float(sum[m][n][e]), scale, total[m][n][e]);
@@ -105,7 +104,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
       }
     if (ends) part = 0, ++g;
   });
-  if constexpr (!groups && !float8) {
+  if constexpr (!groups) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll

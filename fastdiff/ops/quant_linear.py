@@ -8,8 +8,8 @@ rounded to float32, groups are added in order with fused multiply-adds, and so i
 
 Tokens and weight may both be float8_e4m3fn instead: an inner sum is then one of float32, whose
 order differs between rows. Tensor cores of Ada, and of Hopper on the row "triton", keep 13 bits of
-fraction within an instruction's sum, and cut the rest off (SageAttention2, arXiv:2411.10958,
-sec. 3.3): the row "native" adds them up in float32 every 128 columns.
+fraction of such a sum, and cut the rest off (SageAttention2, arXiv:2411.10958, sec. 3.3): the row
+"native" adds 64 columns in that way, and these sums in float32.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ MUTANTS = [
     ("no columns, and a scale is read", "inside && G ? u[j]", "inside ? u[j]"),
     ("silu is a sigmoid", "y[j] *= gpu::sigmoid(y[j])", "y[j] = gpu::sigmoid(y[j])"),
     ("an element in front of an aligned row", "at16(a.q) && at16(a.values) && ", ""),
-    ("groups that are not aligned are taken for it", " && (!groups || a.K / a.G % 16 == 0)", ""),
+    ("groups that are not aligned are taken for it", " && (a.G <= 1 || a.K / a.G % 16 == 0)", ""),
     ("rows of K that are not aligned are taken for it", "a.K % 16 == 0 && ", ""),
     ("the upper half of a slice twice", "16 * part, end,", "16 * (part % 2), end,"),
     (

@@ -77,25 +77,22 @@ def cut(x, top):
 
 def adas(x, weight, bias=None):
     """float64 of what is made of sums as Ada's tensor cores add them: 32 products and an addend by the
-    largest one's exponent, slices of 64 columns within a group, two of them to a float32 total."""
+    largest one's exponent, of slices of 64 columns within a group, and these to a float32 total."""
     rows, groups = len(x.values), weight.scale.shape[1]
     total = torch.zeros(rows, len(weight.values))
     size = x.values.shape[1] // groups if groups else 0
     for g in range(groups):
         own = slice(g * size, (g + 1) * size)
         q, v = (F.pad(t[:, own].double(), (0, -size % 64)) for t in (x.values, weight.values))
-        scale = weight.scale[:, g].double() if groups > 1 else torch.ones(1).double()
-        for two in range(0, q.shape[1], 128):
+        for first in range(0, q.shape[1], 64):
             sums = torch.zeros(rows, len(v), dtype=torch.float64)
-            for k in range(two, min(two + 128, q.shape[1]), 32):
+            for k in (first, first + 32):
                 terms = torch.cat(
                     (q[:, None, k : k + 32] * v[None, :, k : k + 32], sums[..., None]), -1
                 )
                 sums = cut(terms, terms.abs().amax(-1, keepdim=True)).sum(-1)
                 sums = cut(sums, sums)
-            total = (total.double() + sums * scale).float()
-    if groups == 1:
-        total = (total.double() * weight.scale[:, 0].double()).float()
+            total = (total.double() + sums * weight.scale[:, g].double()).float()
     y = x.scale.double()[:, None] * total.double()
     return y if bias is None else y + bias.double()
 
@@ -129,14 +126,14 @@ def test_float8_activations(activation):
 
 @pytest.mark.parametrize("columns", (130, 5))
 def test_float8_sums_that_are_exact(columns):
-    """A sum of 128 products 1.125^2 has 13 bits of fraction to its end, one of 256 has not: the
+    """A sum of 64 products 1.875^2 has 13 bits of fraction to its end, one of 128 has not: the
     totals of any number of them are exact."""
     for width, group in ((1024, None), (1024, 256), (1000, None), (384, 96), (33, None)):
         groups = 1 if group is None else width // group
-        x = Quantized(torch.full((67, width), 1.125).to(FLOAT8), torch.ones(67), torch.float32)
-        weight = QuantWeight(torch.full((columns, width), -1.125).to(FLOAT8),
+        x = Quantized(torch.full((67, width), 1.875).to(FLOAT8), torch.ones(67), torch.float32)
+        weight = QuantWeight(torch.full((columns, width), -1.875).to(FLOAT8),
                              torch.ones(columns, groups), 8)  # fmt: skip
-        assert (run(x, weight) == -width * 1.125**2).all()
+        assert (run(x, weight) == -width * 1.875**2).all()
     x = Quantized(torch.zeros(5, 200).to(FLOAT8), torch.ones(5), torch.float32)
     x.values[1, 70] = x.values[2, 199] = x.values[3, 0] = 448.0
     x.values[4] = 2.0**-9
