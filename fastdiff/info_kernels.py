@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastdiff import info, ops, testing_cuda
-from fastdiff.gpu_cases import cases, float8_cases
+from fastdiff.gpu_cases import Case, cases, float8_cases
 
 DTYPES = ("bfloat16", "float16", "float32")
 TRITON_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -75,6 +75,7 @@ def cuda_code() -> Found:
     code = {target: testing_cuda.code(path, target) for target in testing_cuda.TARGETS}
     found: Found = defaultdict(list)
     for dtype in DTYPES:
+        every: list[tuple[Case, tuple[str, ...]]]
         every = [(case, testing_cuda.TARGETS) for case in cases(getattr(torch, dtype))]
         every += [(case, testing_cuda.FLOAT8) for case in float8_cases(getattr(torch, dtype))]
         for case, targets in every:

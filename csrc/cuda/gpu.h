@@ -64,8 +64,8 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
   }
   return bits;
 }
-// Two float8_e4m3fn as a register has them, the first in the low byte: to nearest even, at most 448,
-// of a NaN 0x7f. Before compute capability 8.9 by integers.
+// Two float8_e4m3fn as a register has them, the first in the low byte: to nearest even, at most
+// 448, of a NaN 0x7f. Before compute capability 8.9 by integers.
 __device__ __forceinline__ unsigned e4m3_by_integers(float x);
 __device__ __forceinline__ unsigned to_e4m3(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890

@@ -69,7 +69,7 @@ extern "C" int fastdiff_gpu_quant_linear(const QuantLinearArgs* a, void* stream)
   return error;
 }
 #else
-#define FASTDIFF_TILES(T, Pair, rows, groups)                                                   \
+#define FASTDIFF_TILES(T, Pair, rows, groups)                                                    \
   template __global__ void quant_linear_tiles<T, Pair, rows, groups>(QuantLinearArgs, int, bool, \
                                                                      bool);
 #define FASTDIFF_INSTANTIATE(T)            \

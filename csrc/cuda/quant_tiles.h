@@ -1,5 +1,5 @@
-// Tiles of int8 or float8_e4m3fn products with their scales, for a linear layer and for those of experts. After
-// gpu.h.
+// Tiles of int8 or float8_e4m3fn products with their scales, for a linear layer and for those of
+// experts. After gpu.h.
 #pragma once
 #include "cpu/quant_linear.h"
 #include "group_tiles.h"

@@ -118,8 +118,8 @@ template <class T, int width, bool float8>
 int launch(const QuantizeArgs& a, cudaStream_t stream) {
   if (a.rows > kMostBlocks) return kInvalidConfiguration;
   if (a.rows < kFewRows && a.dim > 32 * width)
-    return GPU_LAUNCH((quantize_rows<T, width, true, float8>), dim3(unsigned(a.rows)), dim3(kThreads),
-                      kWarps * sizeof(float), stream, a);
+    return GPU_LAUNCH((quantize_rows<T, width, true, float8>), dim3(unsigned(a.rows)),
+                      dim3(kThreads), kWarps * sizeof(float), stream, a);
   return GPU_LAUNCH((quantize_rows<T, width, false, float8>),
                     dim3(unsigned((a.rows + kWarps - 1) / kWarps)), dim3(kThreads), 0, stream, a);
 }

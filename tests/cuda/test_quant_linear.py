@@ -1,4 +1,4 @@
-"""The CUDA kernel of quant_linear, in the model: integer sums are exact, those of float8 as Ada's."""
+"""The CUDA kernel of quant_linear, in the model: integer sums are exact, float8's are Ada's."""
 
 import functools
 import math
@@ -76,8 +76,8 @@ def cut(x, top):
 
 
 def adas(x, weight, bias=None):
-    """float64 of what is made of sums as Ada's tensor cores add them: 32 products and an addend by the
-    largest one's exponent, of slices of 64 columns within a group, and these to a float32 total."""
+    """float64 of what is made of sums as Ada's tensor cores add them: 32 products and an addend by
+    the largest one's exponent, slices of 64 columns of a group; these go to a float32 total."""
     rows, groups = len(x.values), weight.scale.shape[1]
     total = torch.zeros(rows, len(weight.values))
     size = x.values.shape[1] // groups if groups else 0

@@ -92,7 +92,7 @@ def test_rows_at_the_ends_of_the_range(width):
 
 @pytest.mark.parametrize("width", (40, 37))
 def test_float8_of_known_rows(width):
-    """Scales of a power of two: bits that are known; ties, denormals, an outlier, the range's ends."""
+    """Scales of a power of two, so known bits; ties, denormals, an outlier, the range's ends."""
     given = [448.0, -448.0, 1.0, 17.0, 19.0, -17.0, 2.0**-6, 2.0**-9, 2.0**-10, -(2.0**-10),
              3 * 2.0**-10, 2.0**-11, 432.0, 431.99, 0.0, -0.0]  # fmt: skip
     want = [0x7E, 0xFE, 0x38, 0x58, 0x5A, 0xD8, 0x08, 0x01, 0x00, 0x80, 0x02, 0x00, 0x7E, 0x7D,
