@@ -353,7 +353,7 @@ CALLS = dict(
                               values=one(2, 4, 8, dtype=torch.int8), scale=one(2, 4, 2),
                               offsets=torch.tensor([0, 2, 5]), bias=one(2, 4),
                               index=torch.zeros(5, dtype=long)),
-    quantize=dict(x=x, smooth=one(8)),
+    quantize=dict(x=x, smooth=one(8), dtype=torch.int8),
     resample=dict(logw=one(2, 6), u=one(2).double()),
     sample_sums=dict(x=x, y=x),
     scale_shift=dict(x=x, scale=one(3, 8), shift=one(3, 8), index=torch.zeros(2, dtype=long)),
