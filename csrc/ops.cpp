@@ -62,12 +62,17 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
-  // x [...,K]; smooth [K] float32; activation gelu_tanh or silu -> int8 [...,K], float32 [...]
-  m.def("quantize(Tensor x, Tensor? smooth, str? activation) -> (Tensor, Tensor)");
+  // x [...,K], of geglu [...,2K]; smooth [K] float32; activation gelu_tanh, silu or geglu -> [...,K]
+  // of dtype: int8 (None), on a GPU float8_e4m3fn too; float32 [...]
+  m.def(
+      "quantize(Tensor x, Tensor? smooth, str? activation, ScalarType? dtype=None) "
+      "-> (Tensor, Tensor)");
+  // x [B,C,H,W] -> int8 [B,H',W',size size C], float32 [B,H',W']
   m.def(
       "quantize_patches(Tensor x, int size, int stride, int padding, bool upsample) -> (Tensor, "
       "Tensor)");
-  // q [...,K], values [N,K] int8; s [...], scale [N,G] float32; bias [N] of dtype -> [...,N]
+  // q [...,K], values [N,K] int8, on a GPU float8_e4m3fn too; s [...], scale [N,G] float32; bias
+  // [N] of dtype -> [...,N]
   m.def(
       "quant_linear(Tensor q, Tensor s, Tensor values, Tensor scale, Tensor? bias, str? "
       "activation, ScalarType dtype) -> Tensor");
@@ -161,6 +166,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_gpu_library", &fastdiff::load_gpu_library);
   m.def("why_not_gpu", &fastdiff::why_not_gpu);
   m.def("set_emulating", &fastdiff::set_emulating);
+  m.def("emulating", &fastdiff::emulating);
   m.def("set_cpu_level", [](const std::string& name) {
     for (int i = 1; i <= int(fastdiff::detected_level()); ++i) {
       const auto level = fastdiff::Level(i);

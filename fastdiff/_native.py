@@ -94,6 +94,11 @@ def why_not_native(
     return None
 
 
+def in_cuda(tensor: Tensor) -> bool:
+    """Whether a native row takes this tensor to a CUDA kernel: on a GPU, or in the model of one."""
+    return tensor.device.type == "cuda" or (_C is not None and bool(_C.emulating()))
+
+
 def _by_nvrtc() -> bool:
     return not GPU_LIBRARY.exists() and DRIVER_LIBRARY.exists()
 

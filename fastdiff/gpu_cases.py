@@ -565,8 +565,9 @@ def _quantized_experts(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def float8_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Those of int8 in float8_e4m3fn, which not every GPU has."""
-    return _quantized(dtype, torch.float8_e4m3fn)
+    """Those of int8 in float8_e4m3fn, whose products not every GPU has."""
+    for case in _quantized(dtype, torch.float8_e4m3fn):
+        yield case._replace(name=f"{case.name}, float8")
 
 
 def moved(*values: Any) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastdiff import info, ops, testing_cuda
-from fastdiff.gpu_cases import cases
+from fastdiff.gpu_cases import Case, cases, float8_cases
 
 DTYPES = ("bfloat16", "float16", "float32")
 TRITON_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -75,12 +75,15 @@ def cuda_code() -> Found:
     code = {target: testing_cuda.code(path, target) for target in testing_cuda.TARGETS}
     found: Found = defaultdict(list)
     for dtype in DTYPES:
-        for case in cases(getattr(torch, dtype)):
+        every: list[tuple[Case, tuple[str, ...]]]
+        every = [(case, testing_cuda.TARGETS) for case in cases(getattr(torch, dtype))]
+        every += [(case, testing_cuda.FLOAT8) for case in float8_cases(getattr(torch, dtype))]
+        for case, targets in every:
             if not testing_cuda.has_kernel(case.op, getattr(torch, dtype)):
                 continue
             for launch in testing_cuda.launches(case, path):
-                for target, kernels in code.items():
-                    kernel = kernels[launch["kernel"]]
+                for target in targets:
+                    kernel = code[target][launch["kernel"]]
                     found[case.op, dtype].append(
                         {
                             "target": target,

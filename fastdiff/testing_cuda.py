@@ -35,6 +35,7 @@ _TENSOR = (torch.bfloat16, torch.float16)
 _PRODUCTS = ("attention", "grouped_linear", "grouped_weight_grad", "lora_add", "sparse_weight_grad",
              "sparse_conv2d_weight_grad")  # fmt: skip
 DTYPES = {op: _TENSOR for op in _PRODUCTS}
+FLOAT8 = ("sm_89", "sm_90", "sm_100", "sm_120")  # of TARGETS, those with its products
 ENTRY = r'extern "C" int fastdiff_gpu_(\w+)\('
 
 

@@ -357,7 +357,7 @@ CALLS = dict(
                               values=one(2, 4, 8, dtype=torch.int8), scale=one(2, 4, 2),
                               offsets=torch.tensor([0, 2, 5]), bias=one(2, 4),
                               index=torch.zeros(5, dtype=long)),
-    quantize=dict(x=x, smooth=one(8)),
+    quantize=dict(x=x, smooth=one(8), dtype=torch.int8),
     quantize_patches=dict(x=q),
     resample=dict(logw=one(2, 6), u=one(2).double()),
     sample_sums=dict(x=x, y=x),

@@ -1,9 +1,12 @@
 """The CUDA kernels as nvcc compiles them, and their launches, with no GPU."""
 
+import ctypes
+import subprocess
+
 import pytest
 import torch
 
-from fastdiff import gpu_cases, testing_cuda
+from fastdiff import gpu_cases, gpu_code, testing_cuda
 from fastdiff.gpu_limits import BLOCK_SHARED
 
 
@@ -42,8 +45,35 @@ def test_launches_and_machine_code():
     assert launch["shared"] == 0
     assert testing_cuda.readable(launch["kernel"]).startswith("layer_norm_rows")
     for dtype in (torch.float32, torch.bfloat16):
-        for other in gpu_cases.cases(dtype):
+        for other in (*gpu_cases.cases(dtype), *gpu_cases.float8_cases(dtype)):
             if testing_cuda.has_kernel(other.op, dtype):
                 for launch in testing_cuda.launches(other, path):
                     assert launch["kernel"] in code
                     assert launch["shared"] <= BLOCK_SHARED["sm_86"]
+    compiled_for = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "fastdiff_compiled_for")
+    compiled_for.value = 80
+    (*_, product) = gpu_cases.float8_cases(torch.bfloat16)
+    try:
+        with pytest.raises(RuntimeError, match=r"quant_linear: the launch failed: .* \(801\)"):
+            list(testing_cuda.launches(product, path))
+    finally:
+        compiled_for.value = 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", testing_cuda.FLOAT8)
+@pytest.mark.parametrize("stem", ("quantize", "quant_linear"))
+def test_float8_as_machine_code(stem, target, tmp_path):
+    """No spill; products on tensor cores."""
+    if testing_cuda.why_not():
+        pytest.skip(testing_cuda.why_not())
+    pytest.importorskip("triton")  # cuobjdump
+    csrc, out = testing_cuda.CSRC, tmp_path / "x.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{csrc}", f"-I{csrc / 'cuda'}", "-cubin"]
+    command += [f"-arch={testing_cuda.ARCH.get(target, target)}", "-o", str(out)]
+    subprocess.run([*command, str(csrc / "cuda" / f"{stem}.cu")], check=True)
+    kernels = gpu_code.read_cuda(out)
+    for kernel in kernels:
+        assert kernel.spills == 0 and kernel.stack == 0, kernel
+        assert kernel.tensor == ("mma.sync" if stem == "quant_linear" else ""), kernel
+    assert sum("e4m3x2" in kernel.name for kernel in kernels) == 3 * (stem == "quant_linear")

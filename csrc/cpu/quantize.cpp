@@ -9,7 +9,8 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& x_in,
                                             const std::optional<at::Tensor>& smooth_in,
-                                            std::optional<std::string> activation) {
+                                            std::optional<std::string> activation,
+                                            std::optional<at::ScalarType> dtype) {
   const char* op = "quantize";
   check_runs(op, "x", x_in);
   QuantizeArgs args{};
@@ -33,10 +34,15 @@ std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& x_in,
                 *activation, ", need gelu_tanh or silu");
     args.activation = *activation == "silu" ? 2 : 1;
   }
-  at::Tensor q = at::empty(x_in.sizes(), x.options().dtype(at::kChar));
+  const at::ScalarType of_q = dtype.value_or(at::kChar);
+  args.float8 = of_q == at::kFloat8_e4m3fn;
+  TORCH_CHECK(args.float8 || of_q == at::kChar, op, ": dtype is ", of_q, ", need ", at::kChar,
+              " or ", at::kFloat8_e4m3fn);
+  TORCH_CHECK(!args.float8 || on_gpu(x), op, ": dtype is ", of_q, ", need ", at::kChar, " on cpu");
+  at::Tensor q = at::empty(x_in.sizes(), x.options().dtype(of_q));
   at::Tensor s = at::empty(x_in.sizes().slice(0, x_in.dim() - 1), x.options().dtype(at::kFloat));
   args.x = x.const_data_ptr();
-  args.q = q.mutable_data_ptr<int8_t>();
+  args.q = static_cast<int8_t*>(q.mutable_data_ptr());
   args.s = s.mutable_data_ptr<float>();
   if (s.numel()) FASTDIFF_RUN(quantize, args, x);  // rows without columns have a scale too: 0
   return {q, s};

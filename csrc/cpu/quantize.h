@@ -6,11 +6,12 @@ namespace fastdiff {
 struct QuantizeArgs {
   const void* x;        // [rows, dim], row stride x_stride, unit last stride
   const float* smooth;  // [dim], or null
-  int8_t* q;            // [rows, dim] contiguous
+  int8_t* q;            // [rows, dim] contiguous; int8, or on a GPU the bits of float8_e4m3fn
   float* s;             // [rows]
   int64_t rows, dim, x_stride;
   int activation;  // 0 none, 1 GELU (tanh form), 2 SiLU
   Dtype dtype;     // of x
+  bool float8;     // what q is
 };
 }  // namespace fastdiff
 FASTDIFF_DECLARE_KERNEL(quantize, QuantizeArgs)

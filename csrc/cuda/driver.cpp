@@ -79,18 +79,26 @@ std::string stem(const char* file) {
   return path.substr(start, end - start);
 }
 
+// Compute capability of the current context's device, as 89 for 8.9.
+int capability_of(int* capability) {
+  int device = 0, major = 0, minor = 0;
+  if (int e = driver().device(&device)) return e;
+  if (int e = driver().attribute(&major, kMajor, device)) return e;
+  if (int e = driver().attribute(&minor, kMinor, device)) return e;
+  *capability = 10 * major + minor;
+  return 0;
+}
+
 // The module of `file` in the current context, compiled and loaded at the first call.
 int module_of(void* context, const char* file, void** module) {
   const std::string name = stem(file);
   void*& known = modules[{context, name}];
   if (!known) {
     if (!compiler) return fail("no compiler of kernels was set");
-    int device = 0, major = 0, minor = 0;
-    if (int e = driver().device(&device)) return e;
-    if (int e = driver().attribute(&major, kMajor, device)) return e;
-    if (int e = driver().attribute(&minor, kMinor, device)) return e;
+    int capability = 0;
+    if (int e = capability_of(&capability)) return e;
     const char* words = "";
-    const void* cubin = compiler(name.c_str(), 10 * major + minor, &words);
+    const void* cubin = compiler(name.c_str(), capability, &words);
     if (!cubin) return fail(words);
     if (int e = driver().load(&known, cubin)) return known = nullptr, e;
   }
@@ -108,6 +116,14 @@ int context_of_thread(void** context) {
   if (int e = d.get(&device, 0)) return e;
   if (int e = d.retain(context, device)) return e;
   return d.current(*context);
+}
+
+int ready() {
+  Driver& d = driver();
+  if (!d.library) return fail("no CUDA driver is installed (libcuda.so.1)");
+  if (!d.missing.empty()) return fail("the CUDA driver lacks " + d.missing);
+  static const int error = d.init(0);
+  return error;
 }
 
 int function_of(const char* file, const void* kernel, void** function) {
@@ -132,13 +148,22 @@ extern "C" {
 
 void fastdiff_driver_compiler(Compiler c) { compiler = c; }
 
+int fastdiff_driver_needs(int least) {
+  void* context = nullptr;
+  int capability = 0;
+  if (int e = ready()) return e;
+  if (int e = context_of_thread(&context)) return e;
+  if (int e = capability_of(&capability)) return e;
+  if (capability >= least) return 0;
+  const auto words = [](int c) { return std::to_string(c / 10) + "." + std::to_string(c % 10); };
+  return fail("needs compute capability " + words(least) + " or above, this GPU has " +
+              words(capability));
+}
+
 int fastdiff_driver_launch(const char* file, const void* kernel, dim3 grid, dim3 block,
                            size_t shared, void* stream, void** arguments) {
   Driver& d = driver();
-  if (!d.library) return fail("no CUDA driver is installed (libcuda.so.1)");
-  if (!d.missing.empty()) return fail("the CUDA driver lacks " + d.missing);
-  static const int ready = d.init(0);
-  if (ready) return ready;
+  if (int e = ready()) return e;
   void* function = nullptr;
   if (int e = function_of(file, kernel, &function)) return e;
   if (shared > 48 * 1024)  // more than that has to be asked for

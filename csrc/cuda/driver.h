@@ -11,6 +11,8 @@ extern "C" {
 // `file`: the kernel file's path, whose stem names it to the compiler.
 int fastdiff_driver_launch(const char* file, const void* kernel, dim3 grid, dim3 block,
                            size_t shared, void* stream, void** arguments);
+// An error code, or 0 where the current device has compute capability `least` (89 is 8.9) or above.
+int fastdiff_driver_needs(int least);
 const char* fastdiff_driver_error(int error);
 }
 
@@ -27,6 +29,8 @@ inline int driver_launch(const char* file, void (*kernel)(Parameters...), dim3 g
       values);
 }
 
+#undef GPU_NEEDS
+#define GPU_NEEDS(kernel, least) fastdiff_driver_needs(least)
 #undef GPU_LAUNCH
 #define GPU_LAUNCH(kernel, grid, block, shared, stream, ...) \
   driver_launch(__FILE__, kernel, grid, block, shared, stream, __VA_ARGS__)

@@ -28,6 +28,8 @@ using cuda::std::is_same_v;
 #endif
 
 namespace gpu {
+struct s8x2;
+struct e4m3x2;
 // 16 bytes from global to shared memory, or 16 zeros where `read` is false.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool read = true) {
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
@@ -62,6 +64,18 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
   }
   return bits;
 }
+// Two float8_e4m3fn as a register has them, the first in the low byte: to nearest even, at most
+// 448, of a NaN 0x7f. Before compute capability 8.9 by integers.
+__device__ __forceinline__ unsigned e4m3_by_integers(float x);
+__device__ __forceinline__ unsigned to_e4m3(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return e4m3_by_integers(low) | e4m3_by_integers(high) << 8;
+#endif
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives row i % 8 of matrix i / 8.
 template <bool transposed>
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
@@ -77,11 +91,22 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
                  : "r"(from)
                  : "memory");
 }
-// d[16x8] += a[16x16] b[16x8] of T, in float32.
+// d[16x8] += a[16x16] b[16x8] of T, in float32; with e4m3x2 for T a[16x32] b[32x8] of
+// float8_e4m3fn, from compute capability 8.9 on: a launcher asks GPU_NEEDS.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0,
                                           unsigned b1) {
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (std::is_same_v<T, e4m3x2>) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
+  } else if constexpr (std::is_same_v<T, __half>)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
@@ -124,6 +149,17 @@ inline int gpu_launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaS
 }
 #define GPU_LAUNCH(kernel, grid, block, shared, stream, ...) \
   gpu_launch(kernel, grid, block, shared, stream, __VA_ARGS__)
+
+// An error code, or 0 where the kernel's code was compiled for compute capability `least` (89 is
+// 8.9) or above: a GPU may run code that was compiled for an earlier one.
+template <class Kernel>
+inline int gpu_needs(Kernel kernel, int least) {
+  cudaFuncAttributes has{};
+  const cudaError_t error = cudaFuncGetAttributes(&has, kernel);
+  if (error != cudaSuccess) return int(error);
+  return has.ptxVersion < least ? int(cudaErrorNotSupported) : 0;
+}
+#define GPU_NEEDS(kernel, least) gpu_needs(kernel, least)
 #endif
 #else
 #include "simt/simt.h"  // IWYU pragma: export
@@ -136,7 +172,11 @@ namespace gpu {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 constexpr unsigned kAll = 0xffffffffu;  // the mask of a whole warp
-struct s8x2 {  // two int8 that are neighbours in k: one element of ldmatrix and of tiles
+// Two neighbours in k: one element of ldmatrix and of tiles.
+struct s8x2 {  // int8
+  signed char e[2];
+};
+struct e4m3x2 {  // the bits of float8_e4m3fn
   signed char e[2];
 };
 
@@ -152,6 +192,16 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return x;
   }
+}
+
+__device__ __forceinline__ unsigned e4m3_by_integers(float x) {
+  const unsigned bits = __float_as_uint(x), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return 0x7fu;         // NaN
+  if (size >= 0x43e00000u) return sign | 0x7e;  // 448
+  // Below 2^-6 a multiple of 2^-9, which are the last places of 2^14.
+  if (size < 0x3c800000u)
+    return sign | (__float_as_uint(__fadd_rn(fabsf(x), 16384.0f)) - 0x46800000u);
+  return sign | (((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3));
 }
 
 __device__ __forceinline__ float warp_sum(float v) {

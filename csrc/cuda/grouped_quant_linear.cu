@@ -13,13 +13,14 @@ template <class T, int rows, bool groups>
 __global__ void __launch_bounds__(kThreads, 2)
     grouped_quant_linear_tiles(GroupedQuantLinearArgs a, int across, bool k_aligned,
                                bool y_aligned) {
+  using Pair = gpu::s8x2;
   GPU_SHARED(Pair, shared);
   const Group group = find<rows>(a, int(blockIdx.x) / across, int(threadIdx.x) % 32);
   if (group.begin >= group.end) return;
   const int wide = a.all.activation >= kGroupedGeglu ? kColumns / 2 : kColumns;
-  quant_tile<T, rows, groups, true>(a.all, shared, group.begin, group.end, a.T,
-                                    group.expert * int(a.all.N), int(blockIdx.x) % across * wide,
-                                    k_aligned, y_aligned);
+  quant_tile<T, Pair, rows, groups, true>(a.all, shared, group.begin, group.end, a.T,
+                                          group.expert * int(a.all.N),
+                                          int(blockIdx.x) % across * wide, k_aligned, y_aligned);
 }
 
 #ifndef __CUDACC_RTC__

@@ -1,5 +1,5 @@
-// Tiles of int8 products with their scales, for a linear layer and for those of experts. After
-// gpu.h.
+// Tiles of int8 or float8_e4m3fn products with their scales, for a linear layer and for those of
+// experts. After gpu.h.
 #pragma once
 #include "cpu/quant_linear.h"
 #include "group_tiles.h"
@@ -8,10 +8,10 @@
 namespace fastdiff {
 namespace {
 
-using Pair = gpu::s8x2;
 constexpr int kBytes = 2 * kDeep;  // columns of a slice
 
 // Columns k to k + 15 of a row, zeros where `row` is null and at and past `end`, to shared memory.
+template <class Pair>
 __device__ __forceinline__ void copy16(Pair* to, const signed char* row, int k, int end,
                                        bool aligned) {
   if (aligned) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void copy16(Pair* to, const signed char* row, int k, 
 
 // A slice from column `first` on of `from` [..., K]: row[j] is row threadIdx.x / 4 + 64 j of it, or
 // -1. (Pointers would be twice the registers.)
-template <int size>
+template <int size, class Pair>
 __device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int (&row)[size / 64],
                                            int K, int first, int end, bool aligned) {
   const int i = int(threadIdx.x) / 4, part = int(threadIdx.x) % 4;
@@ -42,12 +42,17 @@ __device__ __forceinline__ void copy_slice(Pair* to, const void* from, const int
 // The tile of y of rows `first` on, before `end`, and columns `left` on. q has `given` rows.
 // grouped: rows are read through the index, those of the weight begin with row `base`, and the
 // activation may gate: half as many columns then, with both their products side by side in turns of
-// eight.
-template <class T, int rows, bool groups, bool grouped>
+// eight. Sums of float8_e4m3fn go to the totals after every slice, of one group too: Ada's tensor
+// cores keep 13 bits of fraction of them, and cut the rest off (SageAttention2, arXiv:2411.10958,
+// sec. 3.3).
+template <class T, class Pair, int rows, bool groups, bool grouped>
 __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* shared, int first,
                                            int end, int64_t given, int base, int left,
                                            bool k_aligned, bool y_aligned) {
   using Own = Tile<Slice<false, rows>, Slice<false, kColumns>, rows>;
+  constexpr bool float8 = std::is_same_v<Pair, gpu::e4m3x2>;
+  static_assert(groups || !float8);
+  using Sum = std::conditional_t<float8, float, int>;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const bool gated = grouped && a.activation >= kGroupedGeglu;
   const int N = int(a.N), K = int(a.K), G = int(a.G), out = gated ? N / 2 : N;
@@ -60,7 +65,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     const int64_t at = grouped && a.index ? a.index[m] : m;
     return at >= 0 && at < given ? int(at) : -1;
   };
-  const int size = groups ? K / G : K;
+  const int size = groups && G ? K / G : K;
   const int per = (size + kBytes - 1) / kBytes, steps = groups ? per * G : per;
 
   int q[rows / 64], w[kColumns / 64];
@@ -71,7 +76,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     const int i = thread / 4 + 64 * j;
     w[j] = column(i) < out ? n_of(i) : -1;
   }
-  int sum[2][Own::blocks][4] = {};
+  Sum sum[2][Own::blocks][4] = {};
   float total[2][Own::blocks][4] = {};
   int k = 0, stop = size, part = 0, g = 0;  // of the next slice; slices multiplied, and the group
   const auto copy = [&](int, Pair* to_q, Pair* to_w) {
@@ -81,7 +86,9 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
     if (groups && k >= stop) k = stop, stop += size;
   };
   multiply<Pair, false, false, rows>(shared, steps, copy, sum, [&](int) {
-    if (!groups || ++part < per) return;
+    if (!groups) return;
+    const bool ends = ++part == per;  // the group
+    if (!ends && !float8) return;
     const int own = warp / Own::down * Own::columns + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Own::blocks; ++n)
@@ -95,7 +102,7 @@ __device__ __forceinline__ void quant_tile(const QuantLinearArgs& a, Pair* share
           sum[m][n][e] = 0;
         }
       }
-    part = 0, ++g;
+    if (ends) part = 0, ++g;
   });
   if constexpr (!groups) {
 #pragma unroll

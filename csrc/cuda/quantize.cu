@@ -1,4 +1,5 @@
-// Rows as int8 with one scale each: y = act(x) / smooth, s = max |y| / 127, q = round(y / s).
+// Rows as int8 with one scale each: y = act(x) / smooth, s = max |y| / 127, q = round(y / s); or as
+// float8_e4m3fn, 448 in place of 127.
 //
 // A warp takes a row, or a block does where rows are few, eight neighbouring elements a lane. The
 // row is read twice, for its largest value and for the quotients, the second time from the cache;
@@ -11,8 +12,6 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kGeluTanh = 1, kSilu = 2;  // QuantizeArgs::activation
-constexpr float kLevels = 127.0f;
-constexpr float kTiny = 127.0f * 1.17549435e-38f;  // 127 2^-126
 
 template <int width>
 struct alignas(width) Bytes {
@@ -48,8 +47,9 @@ __device__ __forceinline__ void values(const QuantizeArgs& a, const T* x, int64_
 }  // namespace
 
 // Grid: rows, or kWarps of them a block. Shared, where a block has a row: float[kWarps].
-template <class T, int width, bool block>
+template <class T, int width, bool block, bool float8>
 __global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
+  constexpr float kLevels = float8 ? 448.0f : 127.0f, kTiny = kLevels * 1.17549435e-38f;  // 2^-126
   GPU_SHARED(float, shared);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t row = block ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + warp;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
   const bool finite = most < INFINITY, usable = finite && most >= kTiny;
   if (first == 0)
     a.s[row] = !finite ? __int_as_float(0x7fc00000) : usable ? __fdiv_rn(most, kLevels) : 0.0f;
-  // 127 / most as torch has it: a reciprocal, then a product.
+  // kLevels / most as torch has it: a reciprocal, then a product.
   const float inverse = usable ? __fmul_rn(__fdiv_rn(1.0f, most), kLevels) : 0.0f;
   signed char* q = reinterpret_cast<signed char*>(a.q) + row * a.dim;
 #pragma unroll(width == 8 ? 2 : 1)
@@ -85,9 +85,20 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
     if (usable) {
       values<T, width>(a, x, k, v);
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        const float level = rintf(__fmul_rn(v[i], inverse));
-        pack.e[i] = static_cast<signed char>(fminf(fmaxf(level, -kLevels), kLevels));
+      for (int i = 0; i < width; ++i) v[i] = __fmul_rn(v[i], inverse);
+      if constexpr (float8 && width == 1) {
+        pack.e[0] = static_cast<signed char>(gpu::to_e4m3(v[0], 0.0f));
+      } else if constexpr (float8) {
+#pragma unroll
+        for (int i = 0; i < width; i += 2) {
+          const unsigned pair = gpu::to_e4m3(v[i], v[i + 1]);
+          pack.e[i] = static_cast<signed char>(pair);
+          pack.e[i + 1] = static_cast<signed char>(pair >> 8);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < width; ++i)
+          pack.e[i] = static_cast<signed char>(fminf(fmaxf(rintf(v[i]), -kLevels), kLevels));
       }
     }
     *reinterpret_cast<Bytes<width>*>(q + k) = pack;
@@ -103,13 +114,13 @@ constexpr int kInvalidConfiguration = 9;  // of cudaError_t
 
 bool at(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-template <class T, int width>
+template <class T, int width, bool float8>
 int launch(const QuantizeArgs& a, cudaStream_t stream) {
   if (a.rows > kMostBlocks) return kInvalidConfiguration;
   if (a.rows < kFewRows && a.dim > 32 * width)
-    return GPU_LAUNCH((quantize_rows<T, width, true>), dim3(unsigned(a.rows)), dim3(kThreads),
-                      kWarps * sizeof(float), stream, a);
-  return GPU_LAUNCH((quantize_rows<T, width, false>),
+    return GPU_LAUNCH((quantize_rows<T, width, true, float8>), dim3(unsigned(a.rows)),
+                      dim3(kThreads), kWarps * sizeof(float), stream, a);
+  return GPU_LAUNCH((quantize_rows<T, width, false, float8>),
                     dim3(unsigned((a.rows + kWarps - 1) / kWarps)), dim3(kThreads), 0, stream, a);
 }
 
@@ -117,7 +128,8 @@ template <class T>
 int launch(const QuantizeArgs& a, cudaStream_t stream) {
   const bool eight = a.dim % 8 == 0 && at(a.x, 16) && (a.rows <= 1 || a.x_stride % 8 == 0) &&
                      at(a.smooth, 16) && at(a.q, 8);
-  return eight ? launch<T, 8>(a, stream) : launch<T, 1>(a, stream);
+  if (a.float8) return eight ? launch<T, 8, true>(a, stream) : launch<T, 1, true>(a, stream);
+  return eight ? launch<T, 8, false>(a, stream) : launch<T, 1, false>(a, stream);
 }
 
 }  // namespace
@@ -128,11 +140,12 @@ extern "C" int fastdiff_gpu_quantize(const QuantizeArgs* a, void* stream) {
   return error;
 }
 #else
-#define FASTDIFF_INSTANTIATE(T)                                      \
-  template __global__ void quantize_rows<T, 8, true>(QuantizeArgs);  \
-  template __global__ void quantize_rows<T, 8, false>(QuantizeArgs); \
-  template __global__ void quantize_rows<T, 1, true>(QuantizeArgs);  \
-  template __global__ void quantize_rows<T, 1, false>(QuantizeArgs);
+#define FASTDIFF_ROWS(T, float8)                                             \
+  template __global__ void quantize_rows<T, 8, true, float8>(QuantizeArgs);  \
+  template __global__ void quantize_rows<T, 8, false, float8>(QuantizeArgs); \
+  template __global__ void quantize_rows<T, 1, true, float8>(QuantizeArgs);  \
+  template __global__ void quantize_rows<T, 1, false, float8>(QuantizeArgs);
+#define FASTDIFF_INSTANTIATE(T) FASTDIFF_ROWS(T, false) FASTDIFF_ROWS(T, true)
 FASTDIFF_INSTANTIATE(float)
 FASTDIFF_INSTANTIATE(gpu::bf16)
 FASTDIFF_INSTANTIATE(gpu::f16)

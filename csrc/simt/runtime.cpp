@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -63,7 +64,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-enum class Kind { kSync, kShuffle, kBallot, kLdmatrix, kMma, kMmaInt8 };
+enum class Kind { kSync, kShuffle, kBallot, kLdmatrix, kMma, kMmaInt8, kMmaFloat8 };
 
 // Lanes of a warp that are meeting.
 struct Slot {
@@ -345,16 +346,23 @@ void finish_mma(Slot& slot, bool half) {
     }
 }
 
-// Sums that leave int32 wrap, as they do without .satfinite.
-void finish_mma_int8(Slot& slot) {
-  ++counters.mma;
-  int a[16][32], b[8][32];
-  MmaIn<int> in[32];
+float of_e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  float size = exponent ? std::ldexp(8.0f + float(fraction), exponent - 10)
+                        : std::ldexp(float(fraction), -9);
+  if ((bits & 0x7f) == 0x7f) size = std::nanf("");
+  return bits & 0x80 ? -size : size;
+}
+
+// What all lanes bring to m16n8k32; value(byte): a factor.
+template <class Sum, class Factor, class Value>
+void gather_mma_32(const Slot& slot, MmaIn<Sum> (&in)[32], Factor (&a)[16][32], Factor (&b)[8][32],
+                   Value value) {
   for (int lane = 0; lane < 32; ++lane) {
     move(&in[lane], slot.in[lane], sizeof in[lane]);
     const int row = lane / 4, column = lane % 4 * 4;
     for (int k = 0; k < 4; ++k) {
-      const auto byte = [&](unsigned word) { return int(int8_t(word >> (8 * k))); };
+      const auto byte = [&](unsigned word) { return value(uint8_t(word >> (8 * k))); };
       a[row][column + k] = byte(in[lane].a[0]);
       a[row + 8][column + k] = byte(in[lane].a[1]);
       a[row][column + 16 + k] = byte(in[lane].a[2]);
@@ -363,6 +371,45 @@ void finish_mma_int8(Slot& slot) {
       b[row][column + 16 + k] = byte(in[lane].b[1]);
     }
   }
+}
+
+// The addend and all products by the largest one's exponent, each and then the sum cut to 13 bits
+// of fraction.
+void finish_mma_float8(Slot& slot) {
+  ++counters.mma;
+  constexpr int kFraction = 13;
+  float a[16][32], b[8][32];
+  MmaIn<float> in[32];
+  gather_mma_32(slot, in, a, b, of_e4m3);
+  const auto exponent = [](double x) {
+    int e = 0;
+    std::frexp(x, &e);
+    return e;  // of a NaN or an infinity unspecified, and of no use
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4 + (e >> 1) * 8, column = lane % 4 * 2 + (e & 1);
+      double terms[33], most = std::fabs(double(in[lane].d[e])), sum = 0;
+      terms[32] = in[lane].d[e];
+      for (int k = 0; k < 32; ++k) {
+        terms[k] = double(a[row][k]) * double(b[column][k]);
+        most = std::fmax(most, std::fabs(terms[k]));
+      }
+      const int shift = kFraction + 1 - exponent(most);
+      for (const double term : terms) sum += std::trunc(std::ldexp(term, shift));
+      sum = std::ldexp(sum, -shift);
+      const int after = kFraction + 1 - exponent(sum);
+      const float out = float(std::ldexp(std::trunc(std::ldexp(sum, after)), -after));
+      move(slot.out[lane] + e * 4, &out, 4);
+    }
+}
+
+// Sums that leave int32 wrap, as they do without .satfinite.
+void finish_mma_int8(Slot& slot) {
+  ++counters.mma;
+  int a[16][32], b[8][32];
+  MmaIn<int> in[32];
+  gather_mma_32(slot, in, a, b, [](uint8_t byte) { return int(int8_t(byte)); });
   for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < 4; ++e) {
       const int row = lane / 4 + (e >> 1) * 8, column = lane % 4 * 2 + (e & 1);
@@ -513,6 +560,22 @@ void simt_mma_int8(int* d, const unsigned* a, const unsigned* b, int line) {
   move(in.d, d, 16), move(in.a, a, 16), move(in.b, b, 8);
   const Slot& slot = meet(Kind::kMmaInt8, ~0u, line, &in, sizeof in, 0, finish_mma_int8);
   move(d, slot.out[current->thread.lane], 16);
+}
+
+void simt_mma_float8(float* d, const unsigned* a, const unsigned* b, int line) {
+  MmaIn<float> in;
+  move(in.d, d, 16), move(in.a, a, 16), move(in.b, b, 8);
+  const Slot& slot = meet(Kind::kMmaFloat8, ~0u, line, &in, sizeof in, 0, finish_mma_float8);
+  move(d, slot.out[current->thread.lane], 16);
+}
+
+unsigned simt_e4m3(float x) {
+  if (std::isnan(x)) return 0x7f;
+  const float size = std::fmin(std::fabs(x), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  // Eighths of that power of two; sixteen of them are the next one's eight.
+  const unsigned eighths = unsigned(std::nearbyint(std::ldexp(size, 3 - exponent)));
+  return (std::signbit(x) ? 0x80u : 0u) | (unsigned(exponent + 6) * 8 + eighths);
 }
 
 int simt_launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void*), void* context) {

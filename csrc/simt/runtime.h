@@ -49,4 +49,9 @@ void simt_ldmatrix(const void* row, bool transposed, unsigned* out, int line);  
 void simt_mma(bool half, float* d, const unsigned* a, const unsigned* b, int line);
 // m16n8k32, int32 accumulators; a, b hold four int8 each
 void simt_mma_int8(int* d, const unsigned* a, const unsigned* b, int line);
+// m16n8k32, float32 accumulators; a, b hold four float8_e4m3fn each. As Ada's tensor cores add them
+// (SageAttention2, arXiv:2411.10958, sec. 3.3): with 13 bits of fraction, what is below cut off.
+void simt_mma_float8(float* d, const unsigned* a, const unsigned* b, int line);
+// float8_e4m3fn: to nearest even, at most 448
+unsigned simt_e4m3(float x);
 }

@@ -167,6 +167,8 @@ inline unsigned pack(float low, float high) {
   std::memcpy(&bits, pair, sizeof(bits));
   return bits;
 }
+struct e4m3x2;
+inline unsigned to_e4m3(float low, float high) { return simt_e4m3(low) | simt_e4m3(high) << 8; }
 template <bool transposed>
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_LINE) {
   simt_ldmatrix(row, transposed, r, line);
@@ -174,7 +176,11 @@ inline void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_LINE) {
 template <class T>
 inline void mma_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, SIMT_LINE) {
   const unsigned b[2] = {b0, b1};
-  simt_mma(std::is_same_v<T, __half>, d, a, b, line);
+  if constexpr (std::is_same_v<T, e4m3x2>) {
+    simt_mma_float8(d, a, b, line);
+  } else {
+    simt_mma(std::is_same_v<T, __half>, d, a, b, line);
+  }
 }
 template <class T>
 inline void mma_16816(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, SIMT_LINE) {
@@ -190,4 +196,5 @@ inline int simt_run(dim3 grid, dim3 block, size_t shared, Body body) {
 }
 #define GPU_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ((void)(stream), simt_run(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+#define GPU_NEEDS(kernel, least) 0
 #define GPU_SHARED(T, name) T* name = reinterpret_cast<T*>(simt_current->shared)

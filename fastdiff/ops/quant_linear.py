@@ -7,7 +7,9 @@ columns), so that rows differ in the rounding of what comes after them alone: an
 rounded to float32, groups are added in order with fused multiply-adds, and so is the bias.
 
 Tokens and weight may both be float8_e4m3fn instead: an inner sum is then one of float32, whose
-order differs between rows.
+order differs between rows. Tensor cores of Ada, and of Hopper on the row "triton", keep 13 bits of
+fraction of such a sum, and cut the rest off (SageAttention2, arXiv:2411.10958, sec. 3.3): the row
+"native" adds 64 columns in that way, and these sums in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff._native import DTYPES, native, why_not_native
+from fastdiff._native import DTYPES, in_cuda, native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_like, check_shape
@@ -70,12 +72,12 @@ def _native_why_not(
     activation: str | None,
     dtype: torch.dtype,
 ) -> str | None:
-    if q.dtype != torch.int8:
-        return f"native kernels take int8, x is {q.dtype}"
+    if q.dtype != torch.int8 and not in_cuda(q):
+        return f"native kernels for the cpu take int8, x is {q.dtype}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    why = why_not_native(s, scale, bias, gpu="quant_linear")
-    return why or refuse_grad(s, scale, bias)
+    why = why_not_native(s, scale, bias, gpu="quant_linear") or refuse_grad(s, scale, bias)
+    return why or (None if q.dtype == torch.int8 else why_not_float8(q.device))
 
 
 def _triton_why_not(
@@ -167,7 +169,7 @@ def quant_linear(
     Args:
         x: ``[..., K]`` floats, which are quantised here, or :class:`Quantized` tokens.
         weight: of :func:`quantize_weight`; those of 4 bits are widened to int8 here. Tokens are of
-            its dtype (int8 with 4 bits): float8_e4m3fn on the rows "triton" and "ref".
+            its dtype (int8 with 4 bits); float8_e4m3fn not on the row "native" of a CPU.
         bias: ``[N]``, dtype and device of ``x``; None for 0.
         activation: None, "gelu_tanh" or "silu", applied after.
         smooth: ``[K]``, as the weight was made with; of floats alone.

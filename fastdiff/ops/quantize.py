@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastdiff._native import native, why_not_native
+from fastdiff._native import in_cuda, native, why_not_native
 from fastdiff.dispatch import Impl, _has_tangent, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_shape, check_strided, check_tensor, wide
@@ -96,7 +96,7 @@ def quantize_ref(
 
 
 def why_not_float8(device: torch.device) -> str | None:
-    """The sentence why Triton does not compile float8_e4m3fn for a GPU, or None."""
+    """The sentence why a GPU has no products of float8_e4m3fn, nor Triton its numbers, or None."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -108,8 +108,8 @@ def why_not_float8(device: torch.device) -> str | None:
 def _native_why_not(
     x: Tensor, smooth: Tensor | None, activation: str | None, dtype: torch.dtype = torch.int8
 ) -> str | None:
-    if dtype != torch.int8:
-        return f"native kernels give int8, dtype is {dtype}"
+    if dtype != torch.int8 and not in_cuda(x):
+        return f"native kernels for the cpu give int8, dtype is {dtype}"
     return why_not_native(x, gpu="quantize") or refuse_grad(x, smooth)
 
 
@@ -183,7 +183,7 @@ def quantize(
         x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
         smooth: ``[K]``, what channels are divided by; None for 1.
         activation: None, "gelu_tanh" or "silu", applied before.
-        dtype: int8 or float8_e4m3fn (rows "triton" and "ref").
+        dtype: int8 or float8_e4m3fn (not of the row "native" on a CPU).
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
 
     Returns:
@@ -318,6 +318,11 @@ def check_weight(op: str, weight: QuantWeight, device: torch.device) -> None:
 if hasattr(torch.ops.fastdiff, "quantize"):
 
     @torch.library.register_fake("fastdiff::quantize")
-    def _(x: Tensor, smooth: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
-        q = x.new_empty(x.shape, dtype=torch.int8)
+    def _(
+        x: Tensor,
+        smooth: Tensor | None,
+        activation: str | None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        q = x.new_empty(x.shape, dtype=dtype or torch.int8)
         return q, x.new_empty(x.shape[:-1], dtype=torch.float32)

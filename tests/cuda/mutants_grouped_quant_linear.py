@@ -6,7 +6,11 @@ A fault is (name, text that occurs once in the file, text in its place).
 
 MUTANTS = [
     ("the first expert's weight", "group.expert * int(a.all.N)", "0"),
-    ("the first expert's columns", "int64_t(n_of(i)) * a.K", "int64_t(n_of(i) - base) * a.K"),
+    (
+        "the first expert's columns",
+        "column(i) < out ? n_of(i) : -1",
+        "column(i) < out ? n_of(i) - base : -1",
+    ),
     ("the first expert's groups", "a.scale[n_of(i) * G + g]", "a.scale[(n_of(i) - base) * G + g]"),
     ("the first expert's scales", "u[j] * a.scale[of]", "u[j] * a.scale[of - base]"),
     ("the first expert's bias", "gpu::to_float(bias[of])", "gpu::to_float(bias[of - base])"),

@@ -26,8 +26,8 @@ MUTANTS = [
     ),
     (
         "a group's last slice is not waited for",
-        "++part < per) return;",
-        "++part < per - 1) return;",
+        "++part == per;",
+        "++part == per - 1;",
     ),
     ("no slice for a tail", "(size + kBytes - 1) / kBytes", "size / kBytes"),
     (
@@ -45,15 +45,15 @@ MUTANTS = [
     ("no columns, and a scale is read", "inside && G ? u[j]", "inside ? u[j]"),
     ("silu is a sigmoid", "y[j] *= gpu::sigmoid(y[j])", "y[j] = gpu::sigmoid(y[j])"),
     ("an element in front of an aligned row", "at16(a.q) && at16(a.values) && ", ""),
-    ("groups that are not aligned are taken for it", " && (!groups || a.K / a.G % 16 == 0)", ""),
+    ("groups that are not aligned are taken for it", " && (a.G <= 1 || a.K / a.G % 16 == 0)", ""),
     ("rows of K that are not aligned are taken for it", "a.K % 16 == 0 && ", ""),
     ("the upper half of a slice twice", "16 * part, end,", "16 * (part % 2), end,"),
     (
         "rows past the last are read",
-        "if (m >= end) return int64_t(-1);",
-        "if (m > end) return int64_t(-1);",
+        "if (m >= end) return -1;",
+        "if (m > end) return -1;",
     ),
-    ("weights past the last are read", "column(i) < out ? reinter", "column(i) <= out ? reinter"),
+    ("weights past the last are read", "column(i) < out ? n_of", "column(i) <= out ? n_of"),
     ("no wait for a slice", "    gpu::cp_async_wait<kStages - 2>();\n", ""),
     (
         "halves of a product change places",
@@ -65,4 +65,14 @@ MUTANTS = [
         "shared + next % kStages * Own::stage;",
         "shared + step % kStages * Own::stage;",
     ),
+    ("float8: sums of a whole group", "if (!ends && !float8) return;", "if (!ends) return;"),
+    (
+        "float8: sums of two slices",
+        "if (!ends && !float8) return;",
+        "if (!ends && !(float8 && part % 2 == 0)) return;",
+    ),
+    ("float8: a slice is a group", "if (ends) part = 0, ++g;", "part = 0, ++g;"),
+    ("float8 is taken for int8", "if (a.float8) {", "if (a.float8 && a.M > 64) {"),
+    ("float8: no group has no columns", "groups && G ? K / G : K;", "groups ? K / G : K;"),
+    ("float8: sums become integers", "fmaf(float(sum[m][n][e]),", "fmaf(float(int(sum[m][n][e])),"),
 ]

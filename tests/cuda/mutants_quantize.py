@@ -15,11 +15,7 @@ MUTANTS = [
         "for (int w = 1; w < kWarps - 1; ++w) most",
     ),
     ("lanes keep their maxima", "most = gpu::warp_max(most);", ""),
-    (
-        "halves go away from zero",
-        "rintf(__fmul_rn(v[i], inverse))",
-        "roundf(__fmul_rn(v[i], inverse))",
-    ),
+    ("halves go away from zero", "rintf(v[i])", "roundf(v[i])"),
     (
         "a quotient in place of the product",
         "__fmul_rn(__fdiv_rn(1.0f, most), kLevels)",
@@ -44,4 +40,24 @@ MUTANTS = [
         "kWarps / 2 * sizeof(float), stream, a",
     ),
     ("unusable rows keep their quotients", "    if (usable) {\n", "    {\n"),
+    ("float8 up to 256", "float8 ? 448.0f : 127.0f", "float8 ? 256.0f : 127.0f"),
+    ("float8 has the levels of int8", "float8 ? 448.0f : 127.0f", "127.0f"),
+    ("float8: neighbours change places", "to_e4m3(v[i], v[i + 1])", "to_e4m3(v[i + 1], v[i])"),
+    (
+        "float8: the first of two twice",
+        "static_cast<signed char>(pair >> 8)",
+        "static_cast<signed char>(pair)",
+    ),
+    (
+        "float8: a single one in the high byte",
+        "gpu::to_e4m3(v[0], 0.0f)",
+        "gpu::to_e4m3(0.0f, v[0])",
+    ),
+    ("float8 is rounded to integers", "to_e4m3(v[i], v[i + 1])", "to_e4m3(rintf(v[i]), v[i + 1])"),
+    ("float8 is int8", "if (a.float8) return", "if (a.float8 && a.smooth) return"),
+    (
+        "float8: rows are always aligned",
+        "if (a.float8) return eight ? launch<T, 8, true>",
+        "if (a.float8) return a.dim % 8 == 0 ? launch<T, 8, true>",
+    ),
 ]

@@ -124,6 +124,31 @@ __global__ void matrix_int8(float* x) {
   for (int e = 0; e < 4; ++e) x[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = float(d[e]);
 }
 
+// 16 x 32 and 8 x 32 bytes of float8_e4m3fn, the second's rows by those of the first, added to x.
+__global__ void matrix_float8(float* x, const unsigned char* y) {
+  GPU_SHARED(unsigned char, s);
+  const int lane = int(threadIdx.x);
+  for (int i = lane; i < 16 * 32; i += 32) s[i / 32 * 48 + i % 32] = y[i];
+  __syncwarp();
+  unsigned r[4], b[2];
+  gpu::ldmatrix_x4<false>(r, s + lane % 16 * 48 + lane / 16 * 16);
+  const unsigned char* column = y + 16 * 32 + lane / 4 * 32 + lane % 4 * 4;
+  memcpy(&b[0], column, 4), memcpy(&b[1], column + 16, 4);
+  float* own = x + lane / 4 * 8 + lane % 4 * 2;
+  float d[4] = {own[0], own[1], own[64], own[65]};
+  gpu::mma_16816<gpu::e4m3x2>(d, r, b[0], b[1]);
+  own[0] = d[0], own[1] = d[1], own[64] = d[2], own[65] = d[3];
+}
+
+// The bits of float8_e4m3fn of the first 512 of y: by the instruction, and by integers.
+__global__ void float8(float* x, const float* y) {
+  const int i = 2 * int(threadIdx.x);
+  const unsigned pair = gpu::to_e4m3(y[i], y[i + 1]);
+  x[i] = float(pair & 255), x[i + 1] = float(pair >> 8);
+  x[512 + i] = float(gpu::e4m3_by_integers(y[i]));
+  x[513 + i] = float(gpu::e4m3_by_integers(y[i + 1]));
+}
+
 }  // namespace
 
 #define PROBE(name, kernel, blocks, threads, shared, ...)                                 \
@@ -151,5 +176,7 @@ PROBE(blocks_add, blocks_add, 4, 32, 0, x)
 PROBE(matrix, matrix, 1, 32, 16 * 24 * 2, x, 24)
 PROBE(matrix_with_conflicts, matrix, 1, 32, 16 * 64 * 2, x, 64)
 PROBE(matrix_int8, matrix_int8, 1, 32, 16 * 48, x)
+PROBE(matrix_float8, matrix_float8, 1, 32, 16 * 48, x, reinterpret_cast<unsigned char*>(y))
+PROBE(float8, float8, 1, 256, 0, x, y)
 PROBE(too_many_threads, unset_shared, 1, 2048, 8192, x)
 PROBE(too_much_shared, unset_shared, 1, 32, 256 * 1024, x)

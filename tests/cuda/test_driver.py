@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdiff import _nvrtc, testing_cuda, testing_simt
-from fastdiff.gpu_cases import cases
+from fastdiff.gpu_cases import cases, float8_cases
 
 CUDA = testing_simt.CSRC / "cuda"
 KERNELS = sorted(p for p in CUDA.glob("*.cu") if p.stem != "library")
@@ -38,6 +38,10 @@ _nvrtc.serve(library)
 _native._C.set_emulating(True)
 x, v = torch.randn(2, 8, 64), torch.randn(2, 64)
 try:
+    if what == "float8":
+        tokens = ops.quantize(x, dtype=torch.float8_e4m3fn, impl="native")
+        weight = ops.quantize_weight(torch.ones(8, 64), dtype=torch.float8_e4m3fn)
+        ops.quant_linear(tokens, weight, impl="native")
     for _ in range(2):
         with torch.no_grad():
             ops.layer_norm_modulate(x, v, v, impl="native")
@@ -159,6 +163,21 @@ def test_each_missing_wheel_of_headers_is_named(tmp_path, monkeypatch):
     assert _nvrtc.why_not() is None
 
 
+@pytest.mark.parametrize("capability", ("80", "89", "100"))
+def test_float8_products_need_a_gpu_that_has_them(libraries, tmp_path, capability):
+    said, calls = run(libraries, tmp_path, "float8", FAKE_CAPABILITY=capability)
+    launched = [c[1] for c in calls if c[0] == "cuLaunchKernel"]
+    assert "quantize_rows" in launched[0]  # on every GPU
+    if capability == "80":
+        assert said["error"] == (
+            "quant_linear: the launch failed: needs compute capability 8.9 or above, this GPU has "
+            "8.0 (-1)"
+        )
+        assert len(launched) == 1
+    else:
+        assert "quant_linear_tiles" in launched[1] and "e4m3x2" in launched[1]
+
+
 def test_what_is_missing_is_said(libraries, tmp_path):
     said, _ = run(libraries, tmp_path, "uncompilable")
     assert "the launch failed: no such header" in said["error"]
@@ -211,7 +230,7 @@ def test_launches_are_those_of_the_library_that_nvcc_builds(libraries, tmp_path)
     if reason:
         pytest.skip(reason)
     path = testing_cuda.library(("sm_80",))
-    for case in cases(torch.bfloat16):
+    for case in (*cases(torch.bfloat16), *float8_cases(torch.bfloat16)):
         if not testing_cuda.has_kernel(case.op, torch.bfloat16):
             continue
         want = [
@@ -221,10 +240,11 @@ def test_launches_are_those_of_the_library_that_nvcc_builds(libraries, tmp_path)
         assert want
         script = f"""
 from fastdiff import _native, _nvrtc, testing_cuda
-from fastdiff.gpu_cases import cases
+from fastdiff.gpu_cases import cases, float8_cases
 import torch
 _nvrtc.cached = lambda source, arch: source.stem.encode() + bytes(1)
-case = next(c for c in cases(torch.bfloat16) if (c.op, c.name) == {(case.op, case.name)!r})
+of = (*cases(torch.bfloat16), *float8_cases(torch.bfloat16))
+case = next(c for c in of if (c.op, c.name) == {(case.op, case.name)!r})
 _native._C.load_gpu_library({str(libraries[0])!r}, True)
 _nvrtc.serve({str(libraries[0])!r})
 args, kwargs = case.make()

@@ -1,15 +1,18 @@
-"""The CUDA kernel of quant_linear, in the model: integer sums are exact."""
+"""The CUDA kernel of quant_linear, in the model: integer sums are exact, float8's are Ada's."""
 
+import functools
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fastdiff import testing, testing_simt
 from fastdiff.ops.quant_linear import quant_linear
-from fastdiff.ops.quantize import Quantized, QuantWeight, quantize_weight
+from fastdiff.ops.quantize import FLOAT8, Quantized, QuantWeight, quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VALUES = (torch.int8, FLOAT8)
 # Rows, columns, K, group: tiles are of 64 or 128 rows and 128 columns, slices of 64 of k. The last
 # three have tiles of 128 rows.
 CASES = (
@@ -20,12 +23,15 @@ CASES = (
 )  # fmt: skip
 
 
-def make(rows, columns, width, group=None, dtype=torch.float32, bits=8):
+def make(rows, columns, width, group=None, dtype=torch.float32, bits=8, of=torch.int8):
     """Tokens of which the second has a NaN for its scale, a weight, a bias."""
-    values = torch.randint(-127, 128, (rows, width), dtype=torch.int8)
+    if of == FLOAT8:
+        values = (torch.randn(rows, width) * 100).clamp(-448, 448).to(FLOAT8)
+    else:
+        values = torch.randint(-127, 128, (rows, width), dtype=torch.int8)
     scale = torch.rand(rows) + 0.5
     scale[1:2] = math.nan
-    weight = quantize_weight(torch.randn(columns, width), group=group, bits=bits)
+    weight = quantize_weight(torch.randn(columns, width), group=group, bits=bits, dtype=of)
     return Quantized(values, scale, dtype), weight, torch.randn(columns).to(dtype)
 
 
@@ -42,9 +48,7 @@ def compare(x, weight, bias=None, activation=None, mode=(0, False, False)):
     exact = quant_linear(x._replace(dtype=torch.float64), weight, wide, activation=activation,
                          impl="ref")  # fmt: skip
     assert got.dtype == x.dtype and got.shape == exact.shape
-    terms = x.scale.double()[:, None] * (
-        dequantized(x.values, weight).double() if weight.scale.shape[1] else 0.0
-    )
+    terms = x.scale.double()[:, None] * dequantized(x.values, weight)
     size = terms + (0.0 if bias is None else bias.double().abs())
     unit = testing.ROUNDOFF[x.dtype] if x.dtype != torch.float32 else 0.0
     bound = 2.02 * unit * exact.abs() + 2.0**-21 * size + 1e-6
@@ -54,12 +58,100 @@ def compare(x, weight, bias=None, activation=None, mode=(0, False, False)):
     return got
 
 
-def dequantized(values, weight):
-    """Sums over groups of the absolute inner sums times their scale, [M, N]."""
+def dequantized(values, weight, products=False):
+    """Sums over groups of the absolute inner sums (or products) times their scale, [M, N]."""
     groups = weight.scale.shape[1]
+    if not groups:
+        return torch.zeros(len(values), len(weight.values), dtype=torch.float64)
     x = values.view(len(values), groups, -1).double()
     w = weight.values.view(len(weight.values), groups, -1).double()
+    x, w = (x.abs(), w.abs()) if products else (x, w)
     return (torch.einsum("mgk,ngk->mng", x, w).abs() * weight.scale.double()).sum(-1)
+
+
+def cut(x, top):
+    """To 13 bits of fraction of the exponent of ``top``, towards zero."""
+    shift = 14 - torch.frexp(top).exponent
+    return torch.ldexp(torch.ldexp(x, shift).trunc(), -shift)
+
+
+def adas(x, weight, bias=None):
+    """float64 of what is made of sums as Ada's tensor cores add them: 32 products and an addend by
+    the largest one's exponent, slices of 64 columns of a group; these go to a float32 total."""
+    rows, groups = len(x.values), weight.scale.shape[1]
+    total = torch.zeros(rows, len(weight.values))
+    size = x.values.shape[1] // groups if groups else 0
+    for g in range(groups):
+        own = slice(g * size, (g + 1) * size)
+        q, v = (F.pad(t[:, own].double(), (0, -size % 64)) for t in (x.values, weight.values))
+        for first in range(0, q.shape[1], 64):
+            sums = torch.zeros(rows, len(v), dtype=torch.float64)
+            for k in (first, first + 32):
+                terms = torch.cat(
+                    (q[:, None, k : k + 32] * v[None, :, k : k + 32], sums[..., None]), -1
+                )
+                sums = cut(terms, terms.abs().amax(-1, keepdim=True)).sum(-1)
+                sums = cut(sums, sums)
+            total = (total.double() + sums * weight.scale[:, g].double()).float()
+    y = x.scale.double()[:, None] * total.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] * c[1] < 20000], ids=str)
+def test_float8_sums_are_adas(case, dtype):
+    """To float32's last places, which tells their order; and near to the reference."""
+    x, weight, bias = make(*case, dtype, of=FLOAT8)
+    got, want = run(x, weight, bias).double(), adas(x, weight, bias)
+    assert got.shape == want.shape and (got.isnan() == want.isnan()).all()
+    size = x.scale.double()[:, None] * dequantized(x.values, weight) + bias.double().abs()
+    unit = testing.ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
+    off = (got - want).abs()
+    assert (off <= 2.02 * unit * want.abs() + 2.0**-22 * size)[~want.isnan()].all()
+    exact = quant_linear(x._replace(dtype=torch.float64), weight, bias.double(), impl="ref")
+    sums = x.scale.double()[:, None] * dequantized(x.values, weight, True)
+    off = ((got - exact).abs() - 2.02 * unit * exact.abs())[~want.isnan()]
+    assert (off <= 2.0**-11 * (sums + size)[~want.isnan()]).all()
+
+
+@pytest.mark.parametrize("activation", ("gelu_tanh", "silu"))
+def test_float8_activations(activation):
+    for case in ((65, 77, 96, 32), (66, 129, 200, None)):
+        x, weight, bias = make(*case, of=FLOAT8)
+        act = F.silu if activation == "silu" else functools.partial(F.gelu, approximate="tanh")
+        want = act(adas(x, weight, bias))
+        got = run(x, weight, bias, activation)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("columns", (130, 5))
+def test_float8_sums_that_are_exact(columns):
+    """A sum of 64 products 1.875^2 has 13 bits of fraction to its end, one of 128 has not: the
+    totals of any number of them are exact."""
+    for width, group in ((1024, None), (1024, 256), (1000, None), (384, 96), (33, None)):
+        groups = 1 if group is None else width // group
+        x = Quantized(torch.full((67, width), 1.875).to(FLOAT8), torch.ones(67), torch.float32)
+        weight = QuantWeight(torch.full((columns, width), -1.875).to(FLOAT8),
+                             torch.ones(columns, groups), 8)  # fmt: skip
+        assert (run(x, weight) == -width * 1.875**2).all()
+    x = Quantized(torch.zeros(5, 200).to(FLOAT8), torch.ones(5), torch.float32)
+    x.values[1, 70] = x.values[2, 199] = x.values[3, 0] = 448.0
+    x.values[4] = 2.0**-9
+    weight = QuantWeight((2.0 ** -(torch.arange(200) % 9)).repeat(columns, 1).to(FLOAT8),
+                         torch.ones(columns, 1), 8)  # fmt: skip
+    got = run(x, weight)
+    want = x.values.double() @ weight.values.double().t()
+    assert torch.equal(got.double(), want) and not got[0].any()
+
+
+def test_float8_of_the_largest_and_of_nan():
+    x = Quantized(torch.full((3, 300), 448.0).to(FLOAT8), torch.ones(3), torch.float32)
+    weight = QuantWeight(torch.full((9, 300), 448.0).to(FLOAT8), torch.ones(9, 1), 8)
+    assert torch.equal(run(x, weight).double(), adas(x, weight))
+    x.scale[1] = math.nan
+    weight.values[4, 299] = math.nan
+    got = run(x, weight).isnan()
+    assert got[1].all() and got[:, 4].all() and got.sum() == 9 + 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,9 +208,10 @@ def test_leading_dimensions_and_four_bits():
 
 
 @pytest.mark.parametrize("case", ((33, 40, 128, None), (9, 72, 96, 32), (5, 13, 37, None)), ids=str)
-def test_misaligned_tensors(case):
+@pytest.mark.parametrize("of", VALUES, ids=str)
+def test_misaligned_tensors(case, of):
     """Each of them in turn begins a byte, or an element, past 16 bytes."""
-    x, weight, bias = make(*case)
+    x, weight, bias = make(*case, of=of)
     want = run(x, weight, bias).nan_to_num(7.0)
 
     def off(t):
@@ -136,15 +229,17 @@ def test_misaligned_tensors(case):
 
 
 @pytest.mark.parametrize("case", ((70, 136, 192, None), (65, 130, 128, 32)), ids=str)
-def test_same_bits_in_every_order(case):
-    given = make(*case, torch.bfloat16)
+@pytest.mark.parametrize("of", VALUES, ids=str)
+def test_same_bits_in_every_order(case, of):
+    given = make(*case, torch.bfloat16, of=of)
     want = run(*given, "silu").nan_to_num(7.0)
     for mode in testing_simt.MODES[1:]:
         assert torch.equal(run(*given, "silu", mode).nan_to_num(7.0), want)
 
 
-def test_no_bank_conflicts():
-    given = make(70, 136, 192)
+@pytest.mark.parametrize("of", VALUES, ids=str)
+def test_no_bank_conflicts(of):
+    given = make(70, 136, 192, of=of)
     testing_simt.counters()
     run(*given)
     seen = testing_simt.counters()
@@ -152,8 +247,9 @@ def test_no_bank_conflicts():
 
 
 @pytest.mark.parametrize("case", ((65, 136, 96, 32), (3, 45, 37, None)), ids=str)
-def test_reads_nothing_outside(case):
-    x, weight, bias = make(*case)
+@pytest.mark.parametrize("of", VALUES, ids=str)
+def test_reads_nothing_outside(case, of):
+    x, weight, bias = make(*case, of=of)
     want = run(x, weight, bias)
     with testing.guarded(x.values, x.scale, weight.values, weight.scale, bias) as copies:
         q, s, values, scale, b = copies

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff import testing, testing_simt
-from fastdiff.ops.quantize import TINY, quantize
+from fastdiff.ops.quantize import FLOAT8, TINY, TINY_FLOAT8, quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A block a row or a warp; eight elements at once or one; more than a block or a warp has at once.
@@ -28,14 +28,15 @@ def inputs(shape, dtype):
     return x.to(dtype), torch.rand(shape[-1]) + 0.5
 
 
-def run(x, smooth=None, activation=None, mode=(0, False, False)):
+def run(x, smooth=None, activation=None, mode=(0, False, False), dtype=torch.int8):
     with testing.unchanged(x, *(t for t in (smooth,) if t is not None)):
         with testing_simt.emulated(*mode):
-            return quantize(x, smooth=smooth, activation=activation, impl="native")
+            return quantize(x, smooth=smooth, activation=activation, dtype=dtype, impl="native")
 
 
 def same(got, want):
-    assert got.values.dtype == torch.int8 and torch.equal(got.values, want.values)
+    assert got.values.dtype == want.values.dtype and got.values.shape == want.values.shape
+    assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
     assert torch.equal(got.scale.nan_to_num(-1.0), want.scale.nan_to_num(-1.0))
 
 
@@ -43,8 +44,9 @@ def same(got, want):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_of_the_reference(shape, dtype):
     x, smooth = inputs(shape, dtype)
-    same(run(x), quantize(x, impl="ref"))
-    same(run(x, smooth), quantize(x, smooth=smooth, impl="ref"))
+    for to in (torch.int8, FLOAT8):
+        same(run(x, dtype=to), quantize(x, dtype=to, impl="ref"))
+        same(run(x, smooth, dtype=to), quantize(x, smooth=smooth, dtype=to, impl="ref"))
 
 
 @pytest.mark.parametrize("activation", ("gelu_tanh", "silu"))
@@ -58,6 +60,12 @@ def test_activations(shape, dtype, activation):
     torch.testing.assert_close(got.scale, want.scale, rtol=1e-5, atol=0, equal_nan=True)
     apart = (got.values.int() - want.values.int()).abs()
     assert not apart.numel() or (apart.max() <= 1 and (apart > 0).sum() <= 1 + apart.numel() // 500)
+    got = run(x, smooth, activation, dtype=FLOAT8)
+    want = quantize(x.double(), smooth=smooth, activation=activation, dtype=FLOAT8, impl="ref")
+    torch.testing.assert_close(got.scale, want.scale, rtol=1e-5, atol=0, equal_nan=True)
+    a, b = got.values.float(), want.values.float()
+    step = (b.abs() / 8).clamp(min=2.0**-9)  # between neighbours, or two
+    assert ((a - b).abs() <= step).all() and (a != b).sum() <= 1 + a.numel() // 500
 
 
 @pytest.mark.parametrize("width", (40, 37))
@@ -82,6 +90,37 @@ def test_rows_at_the_ends_of_the_range(width):
         assert not run(-rows[2:3], activation=activation).scale.isnan().any()
 
 
+@pytest.mark.parametrize("width", (40, 37))
+def test_float8_of_known_rows(width):
+    """Scales of a power of two, so known bits; ties, denormals, an outlier, the range's ends."""
+    given = [448.0, -448.0, 1.0, 17.0, 19.0, -17.0, 2.0**-6, 2.0**-9, 2.0**-10, -(2.0**-10),
+             3 * 2.0**-10, 2.0**-11, 432.0, 431.99, 0.0, -0.0]  # fmt: skip
+    want = [0x7E, 0xFE, 0x38, 0x58, 0x5A, 0xD8, 0x08, 0x01, 0x00, 0x80, 0x02, 0x00, 0x7E, 0x7D,
+            0x00, 0x80]  # fmt: skip
+    for power in (0, 3, -20, 100, -126):
+        rows = torch.zeros(5, width)
+        rows[0, : len(given)] = torch.tensor(given) * 2.0**power
+        got = run(rows, dtype=FLOAT8)
+        if power > -100:  # else denormals of float32 are rounded themselves
+            assert got.values[0, : len(given)].view(torch.uint8).tolist() == want
+        assert got.scale.tolist() == [2.0**power] + [0.0] * 4
+        assert not got.values.view(torch.uint8)[1:].any()
+        same(got, quantize(rows, dtype=FLOAT8, impl="ref"))
+    rows = torch.ones(6, width)
+    rows[0, -1] = -448 * 2.0**10  # all else is 2^-10, which goes to 0
+    rows[1] *= TINY_FLOAT8
+    rows[2] *= TINY_FLOAT8 * (1 - 2.0**-23)
+    rows[3] *= 3.4e38
+    rows[4] = 1e-45
+    rows[5, 0] = 0.3  # the largest times its inverse is above 1
+    got = run(rows, dtype=FLOAT8)
+    same(got, quantize(rows, dtype=FLOAT8, impl="ref"))
+    assert got.scale[0] == 2.0**10 and not got.values.float()[0, :-1].any()
+    assert got.values.float()[0, -1] == -448
+    assert got.scale[1] > 0 and got.scale[2] == got.scale[4] == 0
+    assert (got.values.float()[3] == 448).all()
+
+
 def test_strided_rows():
     wide = torch.randn(9, 80)
     for view in (
@@ -103,15 +142,17 @@ def test_strided_rows():
 @pytest.mark.parametrize("shape", ((3, 1152), (3, 261), (1059, 264)), ids=str)
 def test_same_bits_in_every_order(shape):
     x, smooth = inputs(shape, torch.bfloat16)
-    want = run(x, smooth, "gelu_tanh")
-    for mode in testing_simt.MODES[1:]:
-        same(run(x, smooth, "gelu_tanh", mode), want)
+    for to in (torch.int8, FLOAT8):
+        want = run(x, smooth, "gelu_tanh", dtype=to)
+        for mode in testing_simt.MODES[1:]:
+            same(run(x, smooth, "gelu_tanh", mode, to), want)
 
 
 @pytest.mark.parametrize("shape", ((7, 64), (5, 37)), ids=str)
 def test_reads_nothing_outside(shape):
     x, smooth = inputs(shape, torch.float32)
     x = x.nan_to_num(1.0, 1.0, 1.0)
-    with testing.guarded(x, smooth) as copies:
-        got = run(*copies)
-    same(got, quantize(x, smooth=smooth, impl="ref"))
+    for to in (torch.int8, FLOAT8):
+        with testing.guarded(x, smooth) as copies:
+            got = run(*copies, dtype=to)
+        same(got, quantize(x, smooth=smooth, dtype=to, impl="ref"))

@@ -1,6 +1,7 @@
 """The model itself: planted faults are found, by it or by a sanitizer, and controls pass."""
 
 import ctypes
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,11 @@ def probes(tmp_path_factory):
     return library
 
 
-def run(library, name, mode=(0, False, False)):
+def run(library, name, mode=(0, False, False), x=None, y=None):
     """(error code, sentence, what the probe wrote)."""
     library.simt_mode(*mode)
-    x, y = torch.zeros(1024), torch.arange(1024.0)
+    x = torch.zeros(1024) if x is None else x
+    y = torch.arange(1024.0) if y is None else y
     code = getattr(library, f"probe_{name}")(*(ctypes.c_void_p(t.data_ptr()) for t in (x, y)))
     return code, library.simt_error().decode(), x
 
@@ -98,6 +100,63 @@ def test_matrices_of_int8(probes):
     assert torch.equal(run(probes, "matrix_int8")[2][:128].view(16, 8).long(), start + a @ b)
 
 
+def float8_product(probes, a, b, start):
+    """[16, 32] by [32, 8] of float8_e4m3fn, added to [16, 8]."""
+    x = torch.zeros(1024)
+    x[:128] = start.flatten()
+    y = torch.cat((a.flatten(), b.t().flatten())).view(torch.uint8)
+    code, words, x = run(probes, "matrix_float8", x=x, y=y.contiguous())
+    assert code == 0, words
+    return x[:128].view(16, 8)
+
+
+def test_matrices_of_float8(probes):
+    """Sums that 13 bits of fraction hold are exact; what is below them is cut off."""
+    a = (torch.randint(-8, 9, (16, 32)) / 4).to(torch.float8_e4m3fn)
+    b = torch.randint(-8, 9, (32, 8)).to(torch.float8_e4m3fn)
+    start = torch.randint(-64, 65, (16, 8)).float()
+    want = start.double() + a.double() @ b.double()
+    assert torch.equal(float8_product(probes, a, b, start).double(), want)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    zeros = torch.zeros(16, 32).to(torch.float8_e4m3fn)
+    b = torch.zeros(32, 8).to(torch.float8_e4m3fn)
+    b[3] = torch.ones(8).to(torch.float8_e4m3fn)
+    for part in every.split(16):
+        a = zeros.clone()
+        a[:, 3] = part
+        got = float8_product(probes, a, b, torch.zeros(16, 8))
+        want = part.float()[:, None].expand(16, 8)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    a = zeros.clone()
+    a[:, 3] = (2.0 ** -torch.arange(16)).to(torch.float8_e4m3fn)  # down to 2^-9, then 0
+    start, kept = torch.full((16, 8), 8192.0), 16 * 2.0 ** -torch.arange(16)
+    kept[5:] = 0.0  # below 1
+    for sign in (1, -1):
+        got = float8_product(probes, a, (16 * sign * b.float()).to(b.dtype), start)
+        assert torch.equal(got, start + sign * kept[:, None])
+
+
+def test_float8_is_rounded_to_the_nearest(probes):
+    """By the instruction and by integers: torch's bits, of all values and of what lies halfway."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    known = every[every.isfinite()].unique()
+    halves = (known[1:] + known[:-1]) / 2
+    edges = torch.tensor([448.0, 464.0, 480.0, 1e9, 3e38, math.inf, 2.0**-10, 2.0**-11, 1e-45])
+    near = torch.cat((known, halves, edges, -edges, torch.tensor([math.nan, -0.0])))
+    x = torch.cat((near, near.nextafter(torch.tensor(math.inf)),
+                   near.nextafter(torch.tensor(-math.inf)), torch.randn(4096) * 100,
+                   torch.randn(2048) * 2.0 ** torch.randint(-14, 10, (2048,))))  # fmt: skip
+    x = torch.nn.functional.pad(x, (0, -len(x) % 512))
+    for part in x.split(512):
+        y = torch.zeros(1024)
+        y[:512] = part
+        want = part.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        want = torch.where(part.isnan(), 0x7F, want).float()
+        code, words, got = run(probes, "float8", y=y)
+        assert code == 0, words
+        assert torch.equal(got[:512], want) and torch.equal(got[512:], want)
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     return {
@@ -112,12 +171,15 @@ def sanitized(tmp_path_factory):
         ("address", "barrier", None),
         ("address", "matrix", None),
         ("address", "matrix_int8", None),
+        ("address", "matrix_float8", None),
+        ("address", "float8", None),
         ("address", "past_shared", "AddressSanitizer"),
         ("thread", "barrier", None),
         ("thread", "warp_ordered", None),
         ("thread", "copied", None),
         ("thread", "matrix", None),
         ("thread", "matrix_int8", None),
+        ("thread", "matrix_float8", None),
         ("thread", "blocks_add", None),
         ("thread", "no_barrier", "data race"),
         ("thread", "warp_unordered", "data race"),

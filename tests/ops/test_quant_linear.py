@@ -310,8 +310,10 @@ def test_float8(row):
         assert (got - plain).norm() < 0.06 * plain.norm()  # 3 bits of fraction
     with pytest.raises(ValueError, match="weight.values is torch.int8, x is"):
         quant_linear(q, quantize_weight(weight), bias)
-    with pytest.raises(fastdiff.NoImpl, match="row native refuses: native kernels take int8"):
+    with pytest.raises(fastdiff.NoImpl, match="native refuses: native kernels for the cpu take"):
         quant_linear(q, w, bias, impl="native")
+    with pytest.raises(RuntimeError, match="q is Float8_e4m3fn, need Char"):
+        torch.ops.fastdiff.quant_linear(*q[:2], *w[:2], bias, None, torch.float32)
 
 
 def test_opcheck_and_compile():

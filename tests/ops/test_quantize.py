@@ -92,8 +92,14 @@ def test_float8(row):
         step = (exact.abs() / 8).clamp(min=2.0**-9)
         assert ((q[:3].float() - y).abs() <= step / 2 * 1.0001).all()
         assert s[3] == 0 and not q[3:].float().any() and s[4:].isnan().all()
-    with pytest.raises(fastdiff.NoImpl, match="quantize: row native refuses"):
+    with pytest.raises(fastdiff.NoImpl, match="native refuses: native kernels for the cpu give"):
         quantize(x, dtype=FLOAT8, impl="native")
+    op = torch.ops.fastdiff.quantize
+    with pytest.raises(RuntimeError, match="dtype is Float8_e4m3fn, need Char on cpu"):
+        op(x, None, None, FLOAT8)
+    with pytest.raises(RuntimeError, match="dtype is Half, need Char or Float8_e4m3fn"):
+        op(x, None, None, torch.float16)
+    assert op(x.to("meta"), None, None, FLOAT8)[0].dtype == FLOAT8
     with pytest.raises(ValueError, match="dtype is torch.int16, need torch.int8 or"):
         quantize(x, dtype=torch.int16)
     weight = quantize_weight(torch.randn(5, 12), dtype=FLOAT8)
