@@ -62,8 +62,8 @@ TORCH_LIBRARY(fastdiff, m) {
   m.def("gelu_tanh(Tensor x, Tensor? bias) -> Tensor");
   // x [...,K]; weight [N,K]; bias [N]; activation gelu_tanh or silu: for few rows of x
   m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor");
-  // x [...,K], of geglu [...,2K]; smooth [K] float32; activation gelu_tanh, silu or geglu -> [...,K]
-  // of dtype: int8 (None), on a GPU float8_e4m3fn too; float32 [...]
+  // x [...,K], of geglu [...,2K]; smooth [K] float32; activation gelu_tanh, silu or geglu ->
+  // [...,K] of dtype: int8 (None), on a GPU float8_e4m3fn too; float32 [...]
   m.def(
       "quantize(Tensor x, Tensor? smooth, str? activation, ScalarType? dtype=None) "
       "-> (Tensor, Tensor)");

@@ -489,6 +489,9 @@ def _quantized(dtype: torch.dtype, values: torch.dtype = torch.int8) -> Iterator
         lambda: tokens(1024, 4608, activation="gelu_tanh", smooth=torch.empty(4608)),
     )
     yield Case("quantize", "DiT-S/2 2x256x384", lambda: tokens(256, 384, smooth=torch.empty(384)))
+    yield Case(
+        "quantize", "SD 1.5 2x1024x2x2560, geglu", lambda: tokens(1024, 5120, activation="geglu")
+    )
     if values == torch.int8:
         yield from _patches(dtype)
     yield Case(

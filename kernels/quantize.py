@@ -38,6 +38,10 @@ def _values(x_rows, smooth_ptr, k, width, live, ACTIVATION: tl.constexpr, SMOOTH
     known = k < width
     x = tl.load(x_rows[:, None] + k[None, :], mask=live[:, None] & known[None, :], other=0.0)
     y = activated(x.to(tl.float32), ACTIVATION)
+    if ACTIVATION == "geglu":
+        mask = live[:, None] & known[None, :]
+        g = tl.load(x_rows[:, None] + (width + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = y * (0.5 * g * (1.0 + tl.erf(0.7071067811865476 * g)))
     if SMOOTH:
         smooth = tl.load(smooth_ptr + k, mask=known, other=1.0)
         y = tl.div_rn(y, tl.zeros_like(y) + smooth[None, :])
@@ -74,7 +78,7 @@ def scales(most, LEVELS: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr,  # [M, K], unit last stride
+    x_ptr,  # [M, K] or for geglu [M, 2 K], unit last stride
     smooth_ptr,  # [K], contiguous
     q_ptr,  # [M, K], contiguous
     s_ptr,  # [M], contiguous
@@ -123,11 +127,11 @@ def quantize(
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch on the current stream; shapes as in ``fastdiff.ops.quantize``."""
-    K = x.shape[-1]
-    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    K = x.shape[-1] // (2 if activation == "geglu" else 1)
+    q = torch.empty((*x.shape[:-1], K), dtype=dtype, device=x.device)
     s = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if s.numel():
-        flat = x.reshape(s.numel(), K)
+        flat = x.reshape(s.numel(), x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         config = config or next((c for c in CONFIGS if c.kwargs["BLOCK"] >= K), CONFIGS[-1])
         _quantize_kernel[(triton.cdiv(s.numel(), config.kwargs["ROWS"]),)](

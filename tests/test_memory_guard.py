@@ -67,6 +67,7 @@ def calls(dtype):
         yield "scatter_tokens", (x, i(n, b, n), y, r(b, n, d)), {}
         yield "quantize", (x,), dict(smooth=torch.rand(d) + 0.1, activation="silu")
         yield "quantize", (x,), {}
+        yield "quantize", (r(b, n, 2 * d),), dict(activation="geglu")
         for rows, group in ((n, None), (9 * n, 1)):
             data = torch.randn(rows, d).to(dtype)
             w = ops.quantize_weight(torch.randn(n + 4, d), group=64 if d > 70 else group)

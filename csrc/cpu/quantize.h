@@ -9,7 +9,7 @@ struct QuantizeArgs {
   int8_t* q;            // [rows, dim] contiguous; int8, or on a GPU the bits of float8_e4m3fn
   float* s;             // [rows]
   int64_t rows, dim, x_stride;
-  int activation;  // 0 none, 1 GELU (tanh form), 2 SiLU
+  int activation;  // 0 none, 1 GELU (tanh form), 2 SiLU, 3 GEGLU: x is [rows, 2 dim]
   Dtype dtype;     // of x
   bool float8;     // what q is
 };

@@ -17,6 +17,7 @@ void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
       Vec y = part.load(x + i);
       if constexpr (kActivation == 1) y = vgelu_tanh(y);
       if constexpr (kActivation == 2) y = vsilu(y);
+      if constexpr (kActivation == 3) y = part.keep(y * vgelu(part.load(x + a.dim + i)));
       if (a.smooth) y = part.keep(y / part.load(a.smooth + i));
       if (!plain) part.store(y, kept.data + i);
       most = max_bits(most, vabs(y));
@@ -36,6 +37,7 @@ void quantize(const QuantizeArgs& a) {
     switch (a.activation) {
       case 1: FASTDIFF_DTYPE_SWITCH(a.dtype, quantize_rows<1, T>(a, b, e)); break;
       case 2: FASTDIFF_DTYPE_SWITCH(a.dtype, quantize_rows<2, T>(a, b, e)); break;
+      case 3: FASTDIFF_DTYPE_SWITCH(a.dtype, quantize_rows<3, T>(a, b, e)); break;
       default: FASTDIFF_DTYPE_SWITCH(a.dtype, quantize_rows<0, T>(a, b, e));
     }
   });

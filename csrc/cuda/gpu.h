@@ -214,6 +214,9 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float gelu(float x) {
+  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+}
 __device__ __forceinline__ float gelu_tanh(float x) {
   return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x * x, x, x));  // 2 sqrt(2 / pi)
 }

@@ -48,12 +48,9 @@ __device__ Group find(const Args& a, int tile, int lane) {
   return {0, 0, 0};
 }
 
+using gpu::gelu;
 using gpu::gelu_tanh;
 using gpu::sigmoid;
-
-__device__ __forceinline__ float gelu(float x) {
-  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-}
 
 // y of the sums u; `other`: those of the other half of a gated activation.
 __device__ __forceinline__ float activated(int activation, float u, float other) {

@@ -11,23 +11,34 @@ namespace fastdiff {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kGeluTanh = 1, kSilu = 2;  // QuantizeArgs::activation
+constexpr int kGeluTanh = 1, kSilu = 2, kGeglu = 3;  // QuantizeArgs::activation
 
 template <int width>
 struct alignas(width) Bytes {
   signed char e[width];
 };
 
+template <class T, int width>
+__device__ __forceinline__ void load(const T* x, float (&v)[width]) {
+  if constexpr (width == 8) {
+    const gpu::Eight<T> pack = *reinterpret_cast<const gpu::Eight<T>*>(x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = gpu::to_float(pack.e[i]);
+  } else {
+    v[0] = gpu::to_float(*x);
+  }
+}
+
 // `width` values of y from column k on.
 template <class T, int width>
 __device__ __forceinline__ void values(const QuantizeArgs& a, const T* x, int64_t k,
                                        float (&v)[width]) {
-  if constexpr (width == 8) {
-    const gpu::Eight<T> pack = *reinterpret_cast<const gpu::Eight<T>*>(x + k);
+  load(x + k, v);
+  if (a.activation == kGeglu) {
+    float gate[width];
+    load(x + a.dim + k, gate);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = gpu::to_float(pack.e[i]);
-  } else {
-    v[0] = gpu::to_float(x[k]);
+    for (int i = 0; i < width; ++i) v[i] *= gpu::gelu(gate[i]);
   }
 #pragma unroll
   for (int i = 0; i < width; ++i) {

@@ -78,7 +78,7 @@ class _FeedForward(nn.Module):
         self.net = nn.ModuleList([gate, nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers.linear(self.net[2], layers.geglu(self.net[0].proj, x))
+        return layers.linear(self.net[2], layers.geglu(self.net[0].proj, x, self.net[2]))
 
 
 class _TransformerBlock(nn.Module):

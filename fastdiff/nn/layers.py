@@ -84,8 +84,20 @@ def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None 
     return result
 
 
-def geglu(module: Any, x: Tensor) -> Tensor:
-    """GEGLU of ``module(x)``: ``[..., K]`` -> ``[..., N / 2]``."""
+def reads_int8(reader: Any, x: Tensor) -> Any:
+    """The ``forward`` of ``reader``, the one layer that reads what is made, where it multiplies
+    int8 and may have that in the place of floats like ``x``; else None."""
+    own: Any = None if reader is None or heard(reader) else reader.__dict__.get("forward")
+    takes = getattr(own, "takes_tokens", None)
+    return own if takes is not None and takes(x) else None
+
+
+def geglu(module: Any, x: Tensor, reader: Any = None) -> Any:
+    """GEGLU of ``module(x)``: ``[..., K]`` -> ``[..., N / 2]``; int8 where ``reader``, the one
+    layer that reads it (or None), multiplies int8."""
+    own = reads_int8(reader, x)
+    if own is not None:
+        return ops.quantize(linear(module, x), activation="geglu", smooth=own.smooth)
     if quiet(module, nn.Linear):
         return ops.geglu(ops.linear(x, module.weight), module.bias)
     return ops.geglu(module(x))
@@ -173,9 +185,8 @@ def gate_norm_modulate(
 ) -> tuple[Tensor, Any]:
     """``ops.gate_residual_norm_modulate``, whose second output is int8 where ``reader``, the one
     layer that reads it (or None), multiplies int8."""
-    own: Any = None if reader is None or heard(reader) else reader.__dict__.get("forward")
-    takes = getattr(own, "takes_tokens", None)
-    if takes is None or not takes(x):
+    own = reads_int8(reader, x)
+    if own is None:
         return ops.gate_residual_norm_modulate(x, update, gate, shift, scale, eps=eps)
     smooth = own.smooth
     return ops.gate_residual_norm_quantize(x, update, gate, shift, scale, smooth=smooth, eps=eps)

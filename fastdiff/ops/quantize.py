@@ -2,6 +2,8 @@ r"""Activations as int8 (or float8_e4m3fn) with one scale a token, and weights a
 float8_e4m3fn) with one scale an output channel or group.
 
     y = act(x) / smooth                         smooth [K]: outlier channels move to the weight
+                                                act: None, GELU (tanh form), SiLU, or GEGLU, that
+                                                of [h, g] = x [2K]: h * gelu(g)
     s = max_k |y_k| / 127,   q = round(y / s)   symmetric, to the nearest, ties to even; |q| <= 127
 
 1 / s is taken as 1 / max times 127, each rounded to float32.
@@ -36,7 +38,7 @@ TINY = 127 * 2.0**-126  # below it 127 / max is no float32
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448  # its largest value
 TINY_FLOAT8 = 448 * 2.0**-126
-ACTIVATIONS = (None, "gelu_tanh", "silu")
+ACTIVATIONS = (None, "gelu_tanh", "silu", "geglu")
 
 
 class Quantized(NamedTuple):
@@ -80,7 +82,10 @@ def quantize_ref(
     """The specification: float32 inside (float64 for float64 ``x``)."""
     levels, tiny = (LEVELS, TINY) if dtype == torch.int8 else (MOST_FLOAT8, TINY_FLOAT8)
     y = wide(x)
-    if activation is not None:
+    if activation == "geglu":
+        hidden, gate = y.chunk(2, -1)
+        y = hidden * F.gelu(gate)
+    elif activation is not None:
         y = F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else F.silu(y)
     if smooth is not None:
         y = y / smooth.to(y.dtype)
@@ -157,11 +162,16 @@ def row_args(
 ) -> tuple[Any, ...]:
     """Check the public arguments and give those of a row."""
     check_tensor(op, "x", x)
-    if smooth is not None:
-        check_smooth(op, smooth, x, "x")
-        smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}, need None, 'gelu_tanh' or 'silu'")
+        raise ValueError(
+            f"{op}: activation is {activation!r}, need None, 'gelu_tanh', 'silu' or 'geglu'"
+        )
+    gated = activation == "geglu"
+    if gated and x.shape[-1] % 2:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, need an even last dimension")
+    if smooth is not None:
+        check_smooth(op, smooth, x[..., ::2] if gated else x, "x")
+        smooth = smooth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     _check_dtype(op, dtype)
     return (x, smooth, activation) if dtype == torch.int8 else (x, smooth, activation, dtype)
 
@@ -180,9 +190,10 @@ def quantize(
     """``x`` as int8 (or float8_e4m3fn) with one scale for each token.
 
     Args:
-        x: ``[..., K]``; float16, bfloat16 or float32 (float64 on the reference row).
+        x: ``[..., K]``, for "geglu" ``[..., 2K]``; float16, bfloat16 or float32 (float64 on the
+            reference row).
         smooth: ``[K]``, what channels are divided by; None for 1.
-        activation: None, "gelu_tanh" or "silu", applied before.
+        activation: None, "gelu_tanh", "silu" or "geglu", applied before.
         dtype: int8 or float8_e4m3fn (not of the row "native" on a CPU).
         impl: row of ``IMPLS`` to force; None takes the first that accepts.
 
@@ -324,5 +335,6 @@ if hasattr(torch.ops.fastdiff, "quantize"):
         activation: str | None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q = x.new_empty(x.shape, dtype=dtype or torch.int8)
-        return q, x.new_empty(x.shape[:-1], dtype=torch.float32)
+        shape, K = x.shape[:-1], x.shape[-1] // (2 if activation == "geglu" else 1)
+        q = x.new_empty(*shape, K, dtype=dtype or torch.int8)
+        return q, x.new_empty(shape, dtype=torch.float32)

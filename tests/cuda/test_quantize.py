@@ -49,12 +49,14 @@ def test_bits_of_the_reference(shape, dtype):
         same(run(x, smooth, dtype=to), quantize(x, smooth=smooth, dtype=to, impl="ref"))
 
 
-@pytest.mark.parametrize("activation", ("gelu_tanh", "silu"))
+@pytest.mark.parametrize("activation", ("gelu_tanh", "silu", "geglu"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_activations(shape, dtype, activation):
     """exp and the reciprocal of a GPU are not the reference's: a value may round the other way."""
     x, smooth = inputs(shape, dtype)
+    if activation == "geglu":
+        x = torch.cat((x, torch.randn(shape).to(dtype)), -1)
     got = run(x, smooth, activation)
     want = quantize(x.double(), smooth=smooth, activation=activation, impl="ref")
     torch.testing.assert_close(got.scale, want.scale, rtol=1e-5, atol=0, equal_nan=True)

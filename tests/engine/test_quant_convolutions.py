@@ -126,6 +126,18 @@ def test_a_doubled_picture_is_read_where_it_is(model):
     assert got.shape == (2, 32, 8, 12) and torch.equal(got, want)
 
 
+def test_a_gate_is_rounded_where_it_is_made(model):
+    """Outside the call whose errors are looked at, and with the values that two passes give."""
+    fastdiff.accelerate(model, precision=Precision(least=256), exact=False)
+    block = model.mid_block.attentions[0].transformer_blocks[0].ff
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad(), record() as rows:
+        got = block(x)
+        gate = F.gelu(block.net[0].proj(x).chunk(2, -1)[1])
+        want = block.net[2](block.net[0].proj(x).chunk(2, -1)[0] * gate)
+    assert not ran(rows, "geglu") and distance(got, want) < 2e-3
+
+
 def test_with_caches_programs_and_steps_in_floats(model):
     plain = run(model)
     for cache in (DeepCache(2), EncoderPropagation(2)):

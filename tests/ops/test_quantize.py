@@ -17,6 +17,8 @@ LARGE, LEAST = torch.finfo(torch.float32).max, 2.0**-149
 def activated(x, activation):
     if activation is None:
         return x
+    if activation == "geglu":
+        return x[..., : x.shape[-1] // 2] * F.gelu(x[..., x.shape[-1] // 2 :])
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
@@ -25,11 +27,11 @@ def check(got, x, smooth, activation, what):
     roundings of y and of 127 / max."""
     q, s, dtype = got
     assert q.dtype == torch.int8 and s.dtype == torch.float32 and dtype == x.dtype, what
-    assert q.shape == x.shape and s.shape == x.shape[:-1] and q.is_contiguous(), what
+    y = activated(x.double(), activation)
+    assert q.shape == y.shape and s.shape == x.shape[:-1] and q.is_contiguous(), what
     if not x.numel():
         assert not s.any(), what
         return
-    y = activated(x.double(), activation)
     y = y if smooth is None else y / smooth.double()
     most = y.abs().amax(-1)
     few = 2e-6 if activation else 2e-7
@@ -44,8 +46,9 @@ def check(got, x, smooth, activation, what):
 def test_is_the_nearest(row, dtype):
     """And to the bit the reference, where no activation rounds otherwise."""
     for shape in SHAPES:
-        x, smooth = (3 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]) + 0.1
+        tokens, smooth = (3 * torch.randn(shape)).to(dtype), torch.rand(shape[-1]) + 0.1
         for activation in ACTIVATIONS:
+            x = torch.cat((tokens, tokens.flip(-1)), -1) if activation == "geglu" else tokens
             if activation is not None and x.numel():
                 x[..., -1] = 2 + x[..., -1].abs()  # float32 keeps few digits of GELU's left tail
             for divisor in (None, smooth):
@@ -123,6 +126,10 @@ def test_levels_and_layouts(level, layout, dtype):
         with testing.cpu_level(level):
             got = quantize(x, smooth=smooth, activation="gelu_tanh", impl="native")
         check(got, x, smooth, "gelu_tanh", f"{level} {layout} {shape}")
+        pair = testing.lay(torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype), layout)
+        with testing.cpu_level(level):
+            got = quantize(pair, smooth=smooth, activation="geglu", impl="native")
+        check(got, pair, smooth, "geglu", f"{level} {layout} {shape}")
 
 
 def levels_of(row):
@@ -192,8 +199,12 @@ def test_nan_and_infinity_are_reported(row, dtype):
                 assert torch.equal(s[::2], clean.scale[::2])
                 assert torch.equal(q[::2], clean.values[::2])
             for activation in ACTIVATIONS[1:]:  # of -inf as well: 0 * inf
-                for q, s, _ in at_every_level(row, x, activation=activation):
-                    assert s.isnan().tolist() == [False, True, False] and not q[1].any()
+                gated = activation == "geglu"
+                for given in (
+                    (torch.cat((x, x.nan_to_num(1, 1, 1)), -1), x.repeat(1, 2)) if gated else (x,)
+                ):
+                    for q, s, _ in at_every_level(row, given, activation=activation):
+                        assert s.isnan().tolist() == [False, True, False] and not q[1].any()
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -236,7 +247,12 @@ def test_threads_change_no_bit():
 
 def test_opcheck_and_compile():
     x, smooth = torch.randn(4, 5, 33), torch.rand(33) + 0.1
-    for args in ((x, None, None), (x, smooth, "silu"), (x[0, 0].bfloat16(), smooth, "gelu_tanh")):
+    for args in (
+        (x, None, None),
+        (x, smooth, "silu"),
+        (x[0, 0].bfloat16(), smooth, "gelu_tanh"),
+        (x[..., :32], smooth[:16], "geglu"),
+    ):
         torch.library.opcheck(torch.ops.fastdiff.quantize.default, args)
     for row in ROWS:
         if row == "triton":
@@ -269,7 +285,13 @@ X = torch.ones(2, 8)
         ((torch.ones(()),), {}, r"quantize: x has shape \[\], need at least 1 dimensions"),
         ((X,), {"smooth": torch.ones(7)}, r"quantize: smooth has shape \[7\], need \[8\]"),
         ((X,), {"smooth": torch.ones(8).to("meta")}, "quantize: smooth is on meta, need cpu"),
-        ((X,), {"activation": "relu"}, "activation is 'relu', need None, 'gelu_tanh' or 'silu'"),
+        ((X,), {"activation": "relu"}, "activation is 'relu', need None, 'gelu_tanh', 'silu' or"),
+        (
+            (X[:, :7],),
+            {"activation": "geglu"},
+            r"x has shape \[2, 7\], need an even last dimension",
+        ),
+        ((X,), {"activation": "geglu", "smooth": X[0]}, r"smooth has shape \[8\], need \[4\]"),
     ],
 )
 def test_bad_input(args, kwargs, message):
