@@ -196,7 +196,7 @@ FD_EMULATED __m512 abs_ps(__m512 v) {  // of -0 and of NaN as well
   for (float& a : x.at) a = std::fabs(a);
   return x;
 }
-// src + a1 b1 + a0 b0, odd elements first, each rounded to nearest; denormals in and out are 0.
+// src + a1 b1 + a0 b0, odd elements first, each sum rounded to nearest; denormals in and out are 0.
 FD_EMULATED float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 FD_EMULATED float of_bf16(uint16_t x) {
   const uint32_t u = uint32_t(x) << 16;
@@ -214,7 +214,7 @@ FD_EMULATED __m512 dpbf16_ps(__m512 src, Pairs a, Pairs b) {
   return r;
 }
 FD_EMULATED float scaled(float a, float b) {  // a 2^floor(b), one rounding
-  if (std::isnan(a)) return std::signbit(b) || !std::isinf(b) ? (std::isinf(b) ? 0.0f : a) : b;
+  if (std::isnan(a)) return !std::isinf(b) ? a : b > 0 ? b : 0.0f;
   if (std::isnan(b)) return b;
   if (std::isinf(b)) {
     const bool grows = b > 0, loses = grows ? a == 0.0f : std::isinf(a);
