@@ -1,8 +1,7 @@
-"""The kernels' code for AVX-512, run on any processor with AVX2: ``pytest -m slow``.
+"""The kernels' code for VNNI and AVX-512, run on any processor with AVX2: ``pytest -m slow``.
 
 Builds a copy of the sources with ``FASTDIFF_EMULATE=1`` (csrc/emulate) and runs on it the tests
-that take every level. The control plants faults
-that only code for AVX-512 can have.
+that take every level. The control plants faults that only code of those levels can have.
 """
 
 import os
@@ -48,7 +47,10 @@ def tree(tmp_path_factory):
 
 def test_every_level_is_there_and_named_emulated(tree):
     done = testing_tree.python(tree, "-m", "fastdiff.cli", "info")
-    assert "avx2, avx512, avx512_bf16 (all but avx2 emulated in it" in done.stdout, done.stderr
+    assert (
+        "avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 (all but avx2 emulated in it"
+        in done.stdout
+    ), done.stderr
 
 
 # Triton's interpreter and torch's compiler run no kernel of ours that the other tests do not run.
@@ -65,11 +67,14 @@ def test_memory_and_levels(tree, file):
 
 
 def test_control_planted_faults(tree):
-    """One for each level, in code of that level alone."""
+    """One for each kind of product, in code of its levels alone."""
     path = tree / "csrc" / "cpu" / "quant_attention_kernel.cpp"
     text = path.read_text()
     mutant = text.replace("_mm512_movepi8_mask(k)", "_mm512_movepi8_mask(q)")
-    mutant = mutant.replace("uint32_t(-128)", "uint32_t(-127)")
+    mutant = mutant.replace("_mm512_dpbusd_epi32(sum, q, k)", "_mm512_dpbusd_epi32(sum, k, q)")
+    mutant = mutant.replace(
+        "_mm256_dpbusd_avx_epi32(sum, q, k)", "_mm256_dpbusd_avx_epi32(sum, k, q)"
+    )
     try:
         path.write_text(mutant)
         build(tree)
@@ -78,4 +83,4 @@ def test_control_planted_faults(tree):
         path.write_text(text)
         build(tree)
     found = set(re.findall(r"^FAILED .*-(\w+)\]", said, re.MULTILINE))
-    assert found == {"avx512", "avx512_bf16"}, said[-6000:]
+    assert found == {"avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"}, said[-6000:]
