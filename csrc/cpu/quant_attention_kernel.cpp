@@ -64,7 +64,7 @@ FD_INLINE Vec as_vec(Ints v) { return _mm256_castsi256_ps(v); }
 FD_INLINE Vec floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 #ifdef __AVXVNNI__
 FD_INLINE Ints q_lanes(Ints q) { return _mm256_xor_si256(q, _mm256_set1_epi8(-128)); }
-FD_INLINE int32_t before(int32_t k_sum) { return -128 * k_sum; }
+FD_INLINE int32_t before(int32_t k_sum) { return int32_t(uint32_t(k_sum) * uint32_t(-128)); }
 FD_INLINE Ints dot4(Ints sum, Ints q, Ints k) { return _mm256_dpbusd_avx_epi32(sum, q, k); }
 #else
 FD_INLINE Ints q_lanes(Ints q) { return q; }
