@@ -36,7 +36,8 @@ LEVELS = {
 }
 EMULATE = os.environ.get("FASTDIFF_EMULATE") == "1"
 if EMULATE:
-    shim = [*LEVELS["avx2"], f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi"]
+    # SIMDe's signed sums wrap, as the instructions' do.
+    shim = [*LEVELS["avx2"], f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi", "-fwrapv"]
     LEVELS |= {"avx512": shim, "avx512_bf16": [*shim, "-DFASTDIFF_EMULATE_BF16"]}
 
 
