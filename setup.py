@@ -40,7 +40,8 @@ LEVELS = {
 INT8 = ("grouped_quant_linear", "quant_attention", "quant_linear")
 EMULATE = os.environ.get("FASTDIFF_EMULATE") == "1"
 if EMULATE:
-    shim = [*AVX2, f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi"]
+    # SIMDe's signed sums wrap, as the instructions' do.
+    shim = [*AVX2, f"-I{HERE / 'csrc/emulate'}", "-Wno-psabi", "-fwrapv"]
     LEVELS = {
         level: AVX2 if level == "avx2" else [*shim, f"-DFASTDIFF_EMULATE_{level.upper()}"]
         for level in LEVELS
