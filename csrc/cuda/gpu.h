@@ -16,6 +16,7 @@ using cuda::std::int64_t;
 using cuda::std::uint32_t;
 using cuda::std::uint64_t;
 namespace std {
+using cuda::std::conditional_t;
 using cuda::std::is_same_v;
 }
 #define INFINITY __int_as_float(0x7f800000)

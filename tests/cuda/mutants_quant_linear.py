@@ -48,11 +48,6 @@ MUTANTS = [
     ("groups that are not aligned are taken for it", " && (a.G <= 1 || a.K / a.G % 16 == 0)", ""),
     ("rows of K that are not aligned are taken for it", "a.K % 16 == 0 && ", ""),
     ("the upper half of a slice twice", "16 * part, end,", "16 * (part % 2), end,"),
-    (
-        "rows past the last are read",
-        "if (m >= end) return -1;",
-        "if (m > end) return -1;",
-    ),
     ("weights past the last are read", "column(i) < out ? n_of", "column(i) <= out ? n_of"),
     ("no wait for a slice", "    gpu::cp_async_wait<kStages - 2>();\n", ""),
     (

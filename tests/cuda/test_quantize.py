@@ -135,6 +135,8 @@ def test_strided_rows():
     ):
         smooth = (torch.rand(view.shape[1] + 1) + 0.5)[1:]
         same(run(view, smooth), quantize(view, smooth=smooth, impl="ref"))
+        for to in (torch.int8, FLOAT8):
+            same(run(view, dtype=to), quantize(view, dtype=to, impl="ref"))
     view = torch.randn(9, 81)[:, :64]  # eight elements fit, and rows are not aligned
     same(run(view), quantize(view, impl="ref"))
     image = torch.randn(2, 8, 5, 7).permute(0, 2, 3, 1)
