@@ -18,7 +18,7 @@ using cuda::std::uint64_t;
 namespace std {
 using cuda::std::conditional_t;
 using cuda::std::is_same_v;
-}
+}  // namespace std
 #define INFINITY __int_as_float(0x7f800000)
 #else
 #include <cuda_runtime.h>
