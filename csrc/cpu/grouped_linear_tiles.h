@@ -256,7 +256,7 @@ void pack_columns(const T* w, int64_t stride, int count, int64_t K, float* to) {
 template <class Kind, class T>
 void copy_row(const T* x, int64_t count, float* to) {
   if constexpr (std::is_same_v<Kind, Pairs>) {
-    std::memcpy(to, x, size_t(count) * 2);
+    if (count) std::memcpy(to, x, size_t(count) * 2);  // of no columns there is no memory
     if (count % 2) reinterpret_cast<uint16_t*>(to)[count] = 0;
   } else {
     each(count, [&](int64_t k, auto part) { part.store(part.load(x + k), to + k); });
