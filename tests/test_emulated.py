@@ -46,7 +46,8 @@ def tree(tmp_path_factory):
 
 
 def test_every_level_is_there_and_named_emulated(tree):
-    done = testing_tree.python(tree, "-m", "fastdiff.cli", "info")
+    show = "from fastdiff.cli import main; main(['info'])"
+    done = testing_tree.python(tree, "-c", show)
     assert (
         "avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 (all but avx2 emulated in it"
         in done.stdout

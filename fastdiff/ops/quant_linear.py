@@ -22,8 +22,8 @@ from fastdiff._native import DTYPES, in_cuda, native, why_not_native
 from fastdiff.dispatch import Impl, always, pick, refuse_grad
 from fastdiff.kernels import triton_row, why_not_triton
 from fastdiff.ops._check import check_like, check_shape
+from fastdiff.ops.linear import ACTIVATIONS
 from fastdiff.ops.quantize import (
-    ACTIVATIONS,
     FLOAT8,
     Quantized,
     QuantWeight,

@@ -6,8 +6,9 @@ import fastdiff
 from fastdiff import testing
 from fastdiff.kernels import AVAILABLE
 from fastdiff.ops import Quantized, QuantWeight, quant_linear, quantize, quantize_weight
+from fastdiff.ops.linear import ACTIVATIONS
 from fastdiff.ops.quant_linear import IMPLS, MOST_COLUMNS
-from fastdiff.ops.quantize import ACTIVATIONS, unpacked
+from fastdiff.ops.quantize import unpacked
 
 ROWS = testing.rows_of(IMPLS)
 # (rows, K, N, groups): few and many rows, tails of lanes, of vectors and of panels; tiles of rows;
