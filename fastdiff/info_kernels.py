@@ -26,6 +26,8 @@ HEAD = (
     "| op | implementation | dtypes | executed | compiled for | registers | spills | shared, KiB |"
 )
 LEVELS = ("avx2", "avx512", "avx512_bf16")
+INT8_LEVELS = ("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+INT8 = ("grouped_quant_linear", "quant_attention", "quant_linear")  # as in setup.py
 _LIBRARY = "torch's own matrix product"
 _BOUND = "none: bound by memory, and Triton's reads and writes each element once as well"
 # Ops without a CUDA kernel, and why.
@@ -132,7 +134,7 @@ def rows(triton: Found | None, cuda: Found | None) -> list[str]:
     for op in info.op_names():
         have, nothing = _rows(op), ["-"] * 5
         of_cpu = ["not read for a CPU"] * 3
-        levels = ", ".join(LEVELS)
+        levels = ", ".join(INT8_LEVELS if op in INT8 else LEVELS)
         taken = _native_dtypes(op)
         lines.append(_line(op, "native, CPU", taken, "CPU, at every level", levels, *of_cpu))
         kinds: Iterable[tuple[str, bool, Found | None, str, tuple[str, ...], dict[str, str]]] = (

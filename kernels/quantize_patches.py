@@ -16,8 +16,8 @@ from fastdiff.kernels.quantize import integers, most, scales
 # Chosen by compiling (triton 3.9), not by timing: no call of fastdiff/gpu_cases.py spills registers
 # on sm_80, sm_90, sm_100, sm_120 or gfx942.
 CONFIGS = [
-    triton.Config({"ROWS": 16, "BLOCK": 64}, num_warps=4),
-    triton.Config({"ROWS": 4, "BLOCK": 512}, num_warps=4),
+    triton.Config({"ROWS": 8, "BLOCK": 64}, num_warps=4),
+    triton.Config({"ROWS": 2, "BLOCK": 512}, num_warps=4),
 ]
 
 
