@@ -6,10 +6,10 @@
 // Few rows: bound by the weight's way from memory, which is read as it lies, and the lanes of each
 // product added up at the end of a group.
 //
-// Four products of a lane. With VNNI in one instruction that takes an unsigned and a signed factor: the weight goes in as w + 128, and 128
-// times the row's sum of x comes off. Elsewhere the even and the odd columns as two pairs of int16:
-// as many instructions as one product of |x| with sign(x) w and the widening of its int16 sums
-// take, and -128 is no exception.
+// Four products of a lane. With VNNI in one instruction that takes an unsigned and a signed factor:
+// the weight goes in as w + 128, and 128 times the row's sum of x comes off. Elsewhere the even and
+// the odd columns as two pairs of int16: as many instructions as one product of |x| with sign(x) w
+// and the widening of its int16 sums take, and -128 is no exception.
 //
 // Integers do not round, and floats are taken in one order everywhere: results depend neither on
 // the level, nor on threads, nor on the rows beside.
