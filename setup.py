@@ -2,7 +2,8 @@
 
 ``csrc/*.cpp`` and ``csrc/cpu/<op>.cpp`` are host code (torch headers, baseline flags);
 ``csrc/cpu/<op>_kernel.cpp`` hold the loops (no torch header) and are compiled once for each level
-of ``LEVELS`` (those of VNNI alone: where there are products of int8) into its own namespace, so that the linker can never merge code of two levels.
+of ``LEVELS`` (for those of VNNI alone, where there are products of int8) into its own namespace, so
+that the linker can never merge code of two levels.
 ``csrc/cuda/*.cu`` become fastdiff/_cuda.so where there is nvcc: a library of its own without torch,
 which the extension loads at run time, so that it needs no CUDA build of torch. Without nvcc their
 host halves become fastdiff/_cuda_driver.so, and NVRTC compiles the kernels when they are used.
