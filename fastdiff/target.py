@@ -217,4 +217,9 @@ def _defaults(target: Any, calibrate: Sequence[Any], call: Call, steps: int) -> 
         floats = slower(target, run, Precision(convolutions="all"))
     except ValueError:
         return found  # no layer is large enough
-    return [*found, Precision(layers=floats, convolutions="all")] if floats else found
+    rest = Precision(layers=floats, convolutions="all")
+    with accelerated(target, precision=rest):
+        done = acceleration_of(target)
+        assert done is not None
+        some = bool(floats and done.layers)
+    return [*found, rest] if some else found
