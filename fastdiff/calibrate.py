@@ -186,7 +186,7 @@ def slower(
                 continue  # the weight of experts
 
             def look(_: Any, args: tuple[Any, ...], own: Any = own) -> None:
-                if own.name not in took and args[0].numel():
+                if own.name not in took and args and own.usable(args[0]):
                     took[own.name] = own.both(args[0])
 
             hooks.append(own.module.register_forward_pre_hook(look))

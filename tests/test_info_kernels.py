@@ -25,6 +25,13 @@ def test_what_needs_no_compiler_is_current():
     assert [cells(line)[:5] for line in page()[4:]] == want, STALE
 
 
+def test_which_ops_have_levels_of_their_own_for_vnni():
+    sources = (Path(__file__).parents[1] / "csrc" / "cpu").glob("*.cpp")
+    assert {p.stem for p in sources if "FASTDIFF_RUN_INT8" in p.read_text()} == set(
+        info_kernels.INT8
+    )
+
+
 def test_no_cell_is_empty():
     lines = page()[4:]
     assert len(lines) == 3 * len(info.op_names())

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import models
+from fastdiff import calibrate, models
 from fastdiff import target as searching
 from fastdiff.accelerate import acceleration_of
 from fastdiff.cache import DeepCache, FirstBlock, Forecast, MagnitudeRatio
+from fastdiff.precision import Precision
 from fastdiff.tune import Quality, Report
 
 EASY, HARD = Quality(psnr=-100), Quality(psnr=1000)
@@ -104,6 +105,21 @@ def test_the_default_candidates_run_on_a_pipeline():
     for kind in ("Forecast(interval=2", "FirstBlock", "AccumulatedDistance", "MagnitudeRatio"):
         assert any(name.startswith(kind) for name in names), kind
     assert not any("DeepCache(" in name for name in names)
+
+
+@pytest.mark.parametrize("find", [calibrate.slower, calibrate.layer_errors])
+def test_layers_of_a_pipeline_have_names_that_its_policy_takes(find):
+    pipe = pipeline()
+    policy = Precision(least=256)
+    found = find(pipe, lambda: pipe(**(inputs()[0] | {"generator": None})), policy)
+    names = [name for name, _ in found] if find is calibrate.slower else list(found)
+    named = tuple((name, "float") for name in names)
+    fastdiff.accelerate(pipe, precision=policy)
+    every = {own.name for own in acceleration_of(pipe).layers.values()}
+    fastdiff.restore(pipe)
+    fastdiff.accelerate(pipe, precision=Precision(least=256, layers=named))
+    left = {own.name for own in acceleration_of(pipe).layers.values()}
+    assert set(names) <= every and left == every - set(names) and (left != every) == bool(names)
 
 
 def test_candidates_of_a_unet():

@@ -245,6 +245,22 @@ template <class T>
 struct alignas(16) Eight {
   T e[8];
 };
+// One element as float32, or eight neighbours where the address is aligned to 16 bytes.
+template <class T, int width>
+__device__ __forceinline__ void load(const T* x, float (&v)[width]) {
+  static_assert(width == 1 || width == 8);
+  if constexpr (width == 8) {
+    const Eight<T> pack = *reinterpret_cast<const Eight<T>*>(x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = to_float(pack.e[i]);
+  } else {
+    v[0] = to_float(*x);
+  }
+}
+template <int width>
+struct alignas(width) Bytes {
+  signed char e[width];
+};
 
 // Elements d to d + 7 of a row, zeros where `row` is null and at and past `dim`, to shared memory.
 template <class T>

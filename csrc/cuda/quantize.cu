@@ -13,30 +13,14 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kGeluTanh = 1, kSilu = 2, kGeglu = 3;  // QuantizeArgs::activation
 
-template <int width>
-struct alignas(width) Bytes {
-  signed char e[width];
-};
-
-template <class T, int width>
-__device__ __forceinline__ void load(const T* x, float (&v)[width]) {
-  if constexpr (width == 8) {
-    const gpu::Eight<T> pack = *reinterpret_cast<const gpu::Eight<T>*>(x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = gpu::to_float(pack.e[i]);
-  } else {
-    v[0] = gpu::to_float(*x);
-  }
-}
-
 // `width` values of y from column k on.
 template <class T, int width>
 __device__ __forceinline__ void values(const QuantizeArgs& a, const T* x, int64_t k,
                                        float (&v)[width]) {
-  load(x + k, v);
+  gpu::load(x + k, v);
   if (a.activation == kGeglu) {
     float gate[width];
-    load(x + a.dim + k, gate);
+    gpu::load(x + a.dim + k, gate);
 #pragma unroll
     for (int i = 0; i < width; ++i) v[i] *= gpu::gelu(gate[i]);
   }
@@ -92,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
   signed char* q = reinterpret_cast<signed char*>(a.q) + row * a.dim;
 #pragma unroll(width == 8 ? 2 : 1)
   for (int64_t k = first * width; k < a.dim; k += kStep) {
-    Bytes<width> pack = {};
+    gpu::Bytes<width> pack = {};
     if (usable) {
       values<T, width>(a, x, k, v);
 #pragma unroll
@@ -112,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_rows(QuantizeArgs a) {
           pack.e[i] = static_cast<signed char>(fminf(fmaxf(rintf(v[i]), -kLevels), kLevels));
       }
     }
-    *reinterpret_cast<Bytes<width>*>(q + k) = pack;
+    *reinterpret_cast<gpu::Bytes<width>*>(q + k) = pack;
   }
 }
 

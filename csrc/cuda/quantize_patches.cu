@@ -25,22 +25,6 @@ __device__ __forceinline__ const T* place(const QuantizePatchesArgs& a, const T*
   return x + (h >> up) * a.x_row + (w >> up) * a.x_column + c;
 }
 
-template <class T, int width>
-__device__ __forceinline__ void load(const T* x, float (&v)[width]) {
-  if constexpr (width == 8) {
-    const gpu::Eight<T> pack = *reinterpret_cast<const gpu::Eight<T>*>(x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = gpu::to_float(pack.e[i]);
-  } else {
-    v[0] = gpu::to_float(*x);
-  }
-}
-
-template <int width>
-struct alignas(width) Levels {
-  signed char e[width];
-};
-
 }  // namespace
 
 // Grid: kWarps pixels of the result a block.
@@ -58,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 4) patch_rows(QuantizePatchesArgs a)
   for (unsigned k = lane * width; k < dim; k += 32 * width) {
     const T* from = place(a, x, top, left, k);
     if (!from) continue;
-    load<T, width>(from, v);
+    gpu::load<T, width>(from, v);
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       const float size = fabsf(v[i]);
@@ -75,16 +59,16 @@ __global__ void __launch_bounds__(kThreads, 4) patch_rows(QuantizePatchesArgs a)
   const float inverse = usable ? __fmul_rn(__fdiv_rn(1.0f, most), kLevels) : 0.0f;
   signed char* q = reinterpret_cast<signed char*>(a.q) + row * dim;
   for (unsigned k = lane * width; k < dim; k += 32 * width) {
-    Levels<width> pack = {};
+    gpu::Bytes<width> pack = {};
     const T* from = usable ? place(a, x, top, left, k) : nullptr;
     if (from) {
-      load<T, width>(from, v);
+      gpu::load<T, width>(from, v);
 #pragma unroll
       for (int i = 0; i < width; ++i)
         pack.e[i] = static_cast<signed char>(
             fminf(fmaxf(rintf(__fmul_rn(v[i], inverse)), -kLevels), kLevels));
     }
-    *reinterpret_cast<Levels<width>*>(q + k) = pack;
+    *reinterpret_cast<gpu::Bytes<width>*>(q + k) = pack;
   }
 }
 

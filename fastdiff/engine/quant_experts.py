@@ -107,8 +107,8 @@ class QuantExperts(QuantForward):
         super().__init__(name, module, format, policy, stored)
         self.experts = len(module.weight)
 
-    def _usable(self, x: Any) -> bool:
-        return super()._usable(x if x.numel() else x.new_zeros(1))  # no rows are fine
+    def usable(self, x: Any) -> bool:
+        return super().usable(x if x.numel() else x.new_zeros(1))  # no rows are fine
 
     def layer(self, x: Tensor, offsets: Tensor, index: Tensor | None) -> Tensor:
         """As ``MoE.layer``."""

@@ -202,7 +202,8 @@ class QuantForward:
         """It has this format at every step."""
         return not self.policy.first and not self.policy.last
 
-    def _usable(self, x: Any) -> bool:
+    def usable(self, x: Any) -> bool:
+        """Whether the stored weight can compute this input: inference on a plain tensor."""
         weight = self.module.weight
         return (
             type(x) is Tensor
@@ -254,7 +255,7 @@ class QuantForward:
         """Whether this call is in the layer's own format."""
         run = current()
         floats = run is not None and self.policy.full(run.step, run.steps)
-        if not floats and self._usable(x):
+        if not floats and self.usable(x):
             return True
         if self.released:
             raise RuntimeError(
@@ -338,30 +339,20 @@ class QuantForward:
 class QuantConvolution(QuantForward):
     """What a convolution's ``forward`` is while it is quantised: its patches are tokens."""
 
-    def __init__(
-        self,
-        name: str,
-        module: Any,
-        format: str,
-        policy: Precision,
-        stored: Stored | None = None,
-    ):
-        self._size, self._stride = module.kernel_size[0], module.stride[0]
-        self._padding: int = module.padding[0]
-        super().__init__(name, module, format, policy, stored)
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Kernel size, stride and padding, in both directions."""
+        module = self.module
+        return module.kernel_size[0], module.stride[0], module.padding[0]
 
     def _store(self) -> Stored:
         policy = self.policy
-        if self._size > 1:  # smoothing and rotation are of tokens that are floats
+        if self._shape[0] > 1:  # smoothing and rotation are of tokens that are floats
             policy = replace(policy, smooth=None, rank=0, rotate=0)
         return Stored.of(self.name, self.module.weight, self.format, policy)
 
-    def _usable(self, x: Any) -> bool:
-        return super()._usable(x) and x.dim() == 4
-
-    def takes_tokens(self, x: Tensor) -> bool:
-        """Never: tokens are what patches are made to."""
-        return False
+    def usable(self, x: Any) -> bool:
+        return super().usable(x) and x.dim() == 4
 
     def convolve(self, x: Tensor, upsample: bool = False) -> Tensor | None:
         """``forward`` of ``x``, or of ``x`` with every pixel doubled in both directions; None
@@ -372,11 +363,12 @@ class QuantConvolution(QuantForward):
 
     def _result(self, x: Any, activation: str | None, **how: Any) -> Tensor:
         upsample: bool = how.get("upsample", False)
-        bias, stored, stride = self._bias_like(x), self.stored, self._stride
-        pointwise = (self._size, self._padding) == (1, 0)
+        bias, stored = self._bias_like(x), self.stored
+        size, stride, padding = self._shape
+        pointwise = (size, padding) == (1, 0)
         if not pointwise and self.format != "bfloat16":
             tokens = ops.quantize_patches(
-                x, self._size, stride=stride, padding=self._padding, upsample=upsample
+                x, size, stride=stride, padding=padding, upsample=upsample
             )
             return ops.quant_linear(tokens, stored.quant, bias).permute(0, 3, 1, 2)
         if upsample:
@@ -384,7 +376,7 @@ class QuantConvolution(QuantForward):
         if pointwise:
             pixels = x[..., ::stride, ::stride].permute(0, 2, 3, 1)
             return stored.apply(pixels, bias, None).permute(0, 3, 1, 2)
-        w = stored.tensors["weight"].to(x.dtype).unflatten(1, (self._size, self._size, -1))
+        w = stored.tensors["weight"].to(x.dtype).unflatten(1, (size, size, -1))
         return self._product(x, w.permute(0, 3, 1, 2), bias)
 
     def floats(self, x: Tensor, **how: Any) -> Tensor:
@@ -394,20 +386,20 @@ class QuantConvolution(QuantForward):
         return self._product(x, self.module.weight.to(x.dtype), self._bias_like(x))
 
     def _product(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        how = self._size, self._stride, self._padding
-        if how == (3, 1, 1):
+        if self._shape == (3, 1, 1):
             return ops.conv3x3(x, w, bias)
-        if how == (1, 1, 0):
+        if self._shape == (1, 1, 0):
             return ops.linear(x.permute(0, 2, 3, 1), w.flatten(1), bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, w, bias, self._stride, self._padding)
+        return F.conv2d(x, w, bias, *self._shape[1:])
 
     def _part(self, x: Tensor) -> Tensor:
-        side = max(8, self._size)
+        side = max(8, self._shape[0])
         return x[:1, :, :side, :side]
 
     def words(self) -> str:
         n, c = self.module.weight.shape[:2]
-        return f"{self.format} {self._size}x{self._size} {c} -> {n}"
+        size = self._shape[0]
+        return f"{self.format} {size}x{size} {c} -> {n}"
 
 
 class QuantScores:

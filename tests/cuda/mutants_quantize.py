@@ -60,6 +60,6 @@ MUTANTS = [
         "if (a.float8) return eight ? launch<T, 8, true>",
         "if (a.float8) return a.dim % 8 == 0 ? launch<T, 8, true>",
     ),
-    ("the gate is the value", "load(x + a.dim + k, gate)", "load(x + k, gate)"),
+    ("the gate is the value", "gpu::load(x + a.dim + k, gate)", "gpu::load(x + k, gate)"),
     ("the gate is as it comes", "v[i] *= gpu::gelu(gate[i])", "v[i] *= gate[i]"),
 ]
